@@ -1,0 +1,208 @@
+"""Architecture of a decoder, read from a Hugging Face ``config.json`` and written into our checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torq_jax.errors import ConversionError
+
+SITES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
+"""Places where one activation feeds linear layers; a site owns one rotation."""
+
+SITE_WEIGHTS = {
+    "attn_in": ("q", "k", "v"),
+    "attn_out": ("o",),
+    "mlp_in": ("gate", "up"),
+    "mlp_out": ("down",),
+}
+"""The linear layers that each site feeds."""
+
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
+MODEL_TYPES = {"llama": "llama", "qwen3": "qwen3"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """LLaMA 3.1's frequency scaling (``rope_type: llama3``)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and constants of a LLaMA 3 or Qwen3 dense decoder; round-trips through JSON.
+
+    Sizes are counts of elements; ``norm_eps`` and ``rope_theta`` are as in the Hugging Face configuration.
+    """
+
+    architecture: str  # "llama" or "qwen3"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_position_embeddings: int
+    tie_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def site_in_features(self, site: str) -> int:
+        """Size of the activation that enters ``site``."""
+        return {
+            "attn_in": self.hidden_size,
+            "attn_out": self.num_heads * self.head_dim,
+            "mlp_in": self.hidden_size,
+            "mlp_out": self.intermediate_size,
+        }[site]
+
+    def site_out_features(self, site: str) -> dict[str, int]:
+        """Output size of each linear layer of ``site``, in the order of :data:`SITE_WEIGHTS`."""
+        return {
+            "attn_in": {
+                "q": self.num_heads * self.head_dim,
+                "k": self.num_kv_heads * self.head_dim,
+                "v": self.num_kv_heads * self.head_dim,
+            },
+            "attn_out": {"o": self.hidden_size},
+            "mlp_in": {"gate": self.intermediate_size, "up": self.intermediate_size},
+            "mlp_out": {"down": self.hidden_size},
+        }[site]
+
+    def site_has_bias(self, site: str) -> bool:
+        """Whether the linear layers of ``site`` carry biases."""
+        return self.attention_bias if site.startswith("attn") else self.mlp_bias
+
+    def linear_parameters(self) -> int:
+        """Elements of all the weights that are quantised."""
+        layer = sum(self.site_in_features(s) * sum(self.site_out_features(s).values()) for s in SITES)
+        return layer * self.num_layers
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionary for a checkpoint's manifest."""
+        return dataclasses.asdict(self) | {"eos_token_ids": list(self.eos_token_ids)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DecoderConfig:
+        """Inverse of :meth:`to_json`."""
+        scaling = data["rope_scaling"]
+        return cls(
+            **{
+                **data,
+                "rope_scaling": None if scaling is None else RopeScaling(**scaling),
+                "eos_token_ids": tuple(data["eos_token_ids"]),
+            }
+        )
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], *, where: str = "config.json") -> DecoderConfig:
+        """Read a Hugging Face configuration (of transformers 4 or 5).
+
+        Raises:
+          ConversionError: an architecture, rope type, activation function or attention variant that the
+            decoder does not implement, or a field that is missing or not of its type.
+        """
+        architecture = _architecture(config, where)
+        if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+            raise ConversionError(f"{where}: sliding-window attention is not supported: full attention only")
+        if config.get("num_experts") or config.get("num_local_experts"):
+            raise ConversionError(f"{where}: mixture-of-experts models are not supported: dense models only")
+        activation = config.get("hidden_act", "silu")
+        if activation not in ("silu", "swish"):
+            raise ConversionError(f"{where}: hidden_act {activation!r} is not supported: must be 'silu'")
+
+        hidden, heads = _integer(config, "hidden_size", where), _integer(config, "num_attention_heads", where)
+        kv_heads = _integer(config, "num_key_value_heads", where, default=heads)
+        head_dim = _integer(config, "head_dim", where, default=0) or hidden // heads
+        if heads % kv_heads:
+            raise ConversionError(
+                f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+            )
+        if head_dim % 2:
+            raise ConversionError(f"{where}: head_dim {head_dim} is odd: rotary embedding needs pairs")
+        positions = _integer(config, "max_position_embeddings", where, default=2048)
+        theta, scaling = _rope(config, positions, where)
+        eos = config.get("eos_token_id")
+        eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+        return cls(
+            architecture=architecture,
+            vocab_size=_integer(config, "vocab_size", where),
+            hidden_size=hidden,
+            intermediate_size=_integer(config, "intermediate_size", where),
+            num_layers=_integer(config, "num_hidden_layers", where),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            norm_eps=_number(config, "rms_norm_eps", where, default=1e-6),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position_embeddings=positions,
+            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=bool(config.get("attention_bias", False)),
+            mlp_bias=bool(config.get("mlp_bias", False)) and architecture == "llama",
+            qk_norm=architecture == "qwen3",
+            bos_token_id=config.get("bos_token_id"),
+            eos_token_ids=eos_ids,
+        )
+
+
+def _architecture(config: Mapping[str, Any], where: str) -> str:
+    names = config.get("architectures") or ()
+    for name in names:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    if not names and config.get("model_type") in MODEL_TYPES:
+        return MODEL_TYPES[config["model_type"]]
+    found = names[0] if names else config.get("model_type")
+    raise ConversionError(
+        f"{where}: architecture {found!r} is not supported: must be one of {', '.join(ARCHITECTURES)}"
+    )
+
+
+def _integer(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None:
+        if default is None:
+            raise ConversionError(f"{where}: field {key!r} is missing")
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConversionError(f"{where}: field {key!r} is {value!r}: must be a positive integer")
+    return value
+
+
+def _number(config: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConversionError(f"{where}: field {key!r} is {value!r}: must be a number")
+    return float(value)
+
+
+def _rope(config: Mapping[str, Any], positions: int, where: str) -> tuple[float, RopeScaling | None]:
+    # transformers 5 writes one "rope_parameters"; transformers 4 wrote "rope_theta" and "rope_scaling".
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = _number({"rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0))}, "rope_theta", where)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise ConversionError(f"{where}: rope type {kind!r} is not supported: must be 'default' or 'llama3'")
+    return theta, RopeScaling(
+        factor=_number(rope, "factor", where),
+        low_freq_factor=_number(rope, "low_freq_factor", where),
+        high_freq_factor=_number(rope, "high_freq_factor", where),
+        original_max_position_embeddings=_integer(
+            rope, "original_max_position_embeddings", where, default=positions
+        ),
+    )
