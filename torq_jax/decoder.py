@@ -1,0 +1,439 @@
+"""LLaMA 3 and Qwen3 dense decoders in ``flax.nnx``, float or MXFP4.
+
+All layers have one shape, so their parameters are stacked along a leading axis and ``lax.scan`` runs over
+them: compile time does not grow with depth. Linear layers live in *sites* (:data:`torq_jax.config.SITES`):
+a site rotates and rounds the activation that enters it once, for all of its weights.
+
+Letters in shapes: b batch, t tokens of this call, s tokens attended to, H hidden size, h heads, g key and
+value heads, d head size, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int32
+
+from torq_jax import matmul, mxfp4
+from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig, RopeScaling
+from torq_jax.errors import TorqError
+from torq_jax.mxfp4 import BLOCK, MXFP4Array
+from torq_jax.rotation import TwoLevelRotation
+
+Tap = Callable[[str, Array], None]
+"""Called while tracing with a site's name and the activation ``[b, t, features]`` that enters it."""
+
+QUERY_CHUNK = 512
+"""Queries whose attention scores are held at a time; bounds memory at long windows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteFormat:
+    """What a site stores and what it does to its activation; static, the same in every layer."""
+
+    weights: str = "float"
+    """``"float"`` or ``"mxfp4"``."""
+    weight_scale: str | None = None
+    """Scale rule that the weights were rounded with; a record, not needed to run."""
+    activation_scale: mxfp4.ScaleRule | None = None
+    """Scale rule of the activations' MXFP4 cast; None leaves them in float."""
+    inter: tuple[int, ...] | None = None
+    """Shape of the rotation's inter-block part."""
+    intra: tuple[int, ...] | None = None
+    """Shape of its intra-block part."""
+
+    @property
+    def rotated(self) -> bool:
+        """Whether a rotation runs online."""
+        return self.inter is not None or self.intra is not None
+
+    def stored_features(self, features: int) -> int:
+        """Length of a stored weight's rows: padded to whole blocks wherever blocks exist."""
+        return mxfp4.padded_size(features) if self.rotated or self.weights == "mxfp4" else features
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionary for a checkpoint's manifest."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> SiteFormat:
+        """Inverse of :meth:`to_json`."""
+        shapes = {k: None if data[k] is None else tuple(data[k]) for k in ("inter", "intra")}
+        return cls(**{**data, **shapes})
+
+
+Formats = Mapping[str, SiteFormat]
+FLOAT: Formats = {site: SiteFormat() for site in SITES}
+"""The float model: nothing rotated, nothing rounded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens so far; a pytree. ``length`` tokens are valid."""
+
+    keys: Float[Array, "L b s g d"]
+    values: Float[Array, "L b s g d"]
+    length: Int32[Array, ""]
+
+
+jax.tree_util.register_dataclass(KVCache, ["keys", "values", "length"], [])
+
+
+class Site(nnx.Module):
+    """The linear layers that share one activation, with their rotation.
+
+    Parameters, by name: ``inter``, ``intra``; for a weight ``q`` either ``q`` (``[out, in]``) or ``q_codes``
+    and ``q_scales`` (:class:`~torq_jax.mxfp4.MXFP4Array` with blocks along ``in``), and ``q_bias``.
+    """
+
+    def __init__(self, config: DecoderConfig, site: str, form: SiteFormat, init: _Init):
+        self.site, self.form = site, form
+        features = form.stored_features(config.site_in_features(site))
+        self.features = features
+        for level in ("inter", "intra"):
+            shape = getattr(form, level)
+            if shape is not None:
+                setattr(self, level, nnx.Param(init.identity(shape)))
+        for name, out in config.site_out_features(site).items():
+            if form.weights == "mxfp4":
+                setattr(self, f"{name}_codes", nnx.Param(init.codes((out, features // 2))))
+                setattr(self, f"{name}_scales", nnx.Param(init.codes((out, features // BLOCK))))
+            else:
+                setattr(self, name, nnx.Param(init.weight((out, features))))
+            if config.site_has_bias(site):
+                setattr(self, f"{name}_bias", nnx.Param(init.constant(0.0, (out,))))
+
+    def __call__(self, x: Float[Array, "b t i"], tap: Tap | None = None) -> list[Float[Array, "b t o"]]:
+        """Outputs of the site's linear layers, in the order of :data:`~torq_jax.config.SITE_WEIGHTS`."""
+        if tap is not None:
+            tap(self.site, x)
+        x = matmul.prepare(x, self.rotation(), self.form.activation_scale)
+        outputs = []
+        for name in SITE_WEIGHTS[self.site]:
+            y = matmul.dot(x, self.weight(name))
+            bias = getattr(self, f"{name}_bias", None)
+            outputs.append(y if bias is None else y + bias[...].astype(y.dtype))
+        return outputs
+
+    def rotation(self) -> TwoLevelRotation | None:
+        """The rotation that runs online, if there is one."""
+        if not self.form.rotated:
+            return None
+        inter, intra = (getattr(self, level, None) for level in ("inter", "intra"))
+        return TwoLevelRotation(
+            None if inter is None else inter[...], None if intra is None else intra[...], self.features
+        )
+
+    def weight(self, name: str) -> Array | MXFP4Array:
+        """A weight as stored, ``[out, in]``."""
+        if self.form.weights == "mxfp4":
+            codes, scales = getattr(self, f"{name}_codes")[...], getattr(self, f"{name}_scales")[...]
+            return MXFP4Array(codes, scales, self.features, -1)
+        return getattr(self, name)[...]
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and gated MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, formats: Formats, init: _Init):
+        self.config = config
+        self.attn_in_norm = nnx.Param(init.constant(1.0, (config.hidden_size,)))
+        self.mlp_in_norm = nnx.Param(init.constant(1.0, (config.hidden_size,)))
+        if config.qk_norm:
+            self.q_norm = nnx.Param(init.constant(1.0, (config.head_dim,)))
+            self.k_norm = nnx.Param(init.constant(1.0, (config.head_dim,)))
+        self.attn_in = Site(config, "attn_in", formats["attn_in"], init)
+        self.attn_out = Site(config, "attn_out", formats["attn_out"], init)
+        self.mlp_in = Site(config, "mlp_in", formats["mlp_in"], init)
+        self.mlp_out = Site(config, "mlp_out", formats["mlp_out"], init)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t H"],
+        rope: tuple[Float[Array, "t d"], Float[Array, "t d"]],
+        *,
+        cache: tuple[Float[Array, "b s g d"], Float[Array, "b s g d"]] | None = None,
+        start: Int32[Array, ""] | int = 0,
+        tap: Tap | None = None,
+    ) -> tuple[Float[Array, "b t H"], tuple[Array, Array]]:
+        """The layer's output, and the keys and values that its attention looked at.
+
+        Args:
+          x: residual stream.
+          rope: cosines and sines of the tokens' positions.
+          cache: keys and values of one layer with room for these tokens at ``start``.
+          start: position of the first token of ``x``.
+          tap: see :data:`Tap`.
+        """
+        eps = self.config.norm_eps
+        attended, kept = self._attention(rms_norm(x, self.attn_in_norm[...], eps), rope, cache, start, tap)
+        x = x + self.attn_out(attended, tap)[0]
+        gate, up = self.mlp_in(rms_norm(x, self.mlp_in_norm[...], eps), tap)
+        return x + self.mlp_out(jax.nn.silu(gate) * up, tap)[0], kept
+
+    def _attention(self, x: Array, rope: Any, cache: Any, start: Any, tap: Any) -> Any:
+        config = self.config
+        b, t, _ = x.shape
+        q, k, v = self.attn_in(x, tap)
+        q = q.reshape(b, t, config.num_heads, config.head_dim)
+        k = k.reshape(b, t, config.num_kv_heads, config.head_dim)
+        v = v.reshape(b, t, config.num_kv_heads, config.head_dim)
+        if config.qk_norm:
+            q = rms_norm(q, self.q_norm[...], config.norm_eps)
+            k = rms_norm(k, self.k_norm[...], config.norm_eps)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), start, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), start, axis=1)
+        return attention(q, k, v, start).reshape(b, t, -1), (k, v)
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model with its layers stacked: every parameter of ``layers`` is ``[L, ...]``.
+
+    Args:
+      config: architecture.
+      formats: format of each site; float when left out.
+      dtype: of the activations between layers; norms, attention scores and logits are computed in float32.
+      rngs: for random float parameters; a model to be filled from a checkpoint is made without.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        formats: Formats = FLOAT,
+        *,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+    ):
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        init = _Init(None if rngs is None else rngs.params())
+        self.embed = nnx.Param(init.weight((config.vocab_size, config.hidden_size)))
+        self.norm = nnx.Param(init.constant(1.0, (config.hidden_size,)))
+        if not config.tie_embeddings:
+            self.lm_head = nnx.Param(init.weight((config.vocab_size, config.hidden_size)))
+        self.layers = _stacked_layers(config, formats, init)
+
+    def __call__(
+        self, tokens: Int32[Array, "b t"], cache: KVCache | None = None
+    ) -> tuple[Float[Array, "b t V"], KVCache | None]:
+        """Logits in float32 of each next token, and the cache with these tokens' keys and values.
+
+        Without a cache the tokens are positions 0 to t - 1; with one they follow its ``length``.
+        """
+        x, cache = self.hidden(tokens, cache)
+        return self.logits(x), cache
+
+    def hidden(
+        self, tokens: Int32[Array, "b t"], cache: KVCache | None = None
+    ) -> tuple[Float[Array, "b t H"], KVCache | None]:
+        """The residual stream after the last layer, before the final norm, and the cache as in a call."""
+        x = self.embed[...][tokens].astype(self.dtype)
+        start = jnp.int32(0) if cache is None else cache.length
+        rope = rope_tables(self.config, start + jnp.arange(tokens.shape[1]))
+        graph, state = nnx.split(self.layers)
+
+        if cache is None:
+
+            def layer(x: Array, state: Any) -> tuple[Array, None]:
+                return nnx.merge(graph, state)(x, rope)[0], None
+
+            return jax.lax.scan(layer, x, state)[0], None
+
+        def cached_layer(carry: Any, scanned: Any) -> Any:
+            # The whole cache is carried and updated in place; as a scanned output it would be copied.
+            x, keys, values = carry
+            index, state = scanned
+            own = (keys[index], values[index])
+            x, (k, v) = nnx.merge(graph, state)(x, rope, cache=own, start=start)
+            return (x, keys.at[index].set(k), values.at[index].set(v)), None
+
+        carry = (x, cache.keys, cache.values)
+        indices = jnp.arange(self.config.num_layers)
+        (x, keys, values), _ = jax.lax.scan(cached_layer, carry, (indices, state))
+        return x, KVCache(keys, values, start + tokens.shape[1])
+
+    def logits(self, x: Float[Array, "b t H"]) -> Float[Array, "b t V"]:
+        """Final norm and output projection of :meth:`hidden`'s result, in float32."""
+        head = self.embed if self.config.tie_embeddings else self.lm_head
+        return logits(x, self.norm[...], head[...], self.config.norm_eps)
+
+    def init_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:
+        """An empty cache with room for ``length`` tokens, in the model's dtype unless another is given."""
+        c = self.config
+        shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
+        zeros = jnp.zeros(shape, self.dtype if dtype is None else dtype)
+        return KVCache(zeros, jnp.zeros_like(zeros), jnp.int32(0))
+
+
+def make_layer(config: DecoderConfig, formats: Formats = FLOAT) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """One layer's structure, and the shapes and dtypes of its parameters as a nested dictionary."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, formats, _Init(None))))
+    return graph, nnx.to_pure_dict(state)
+
+
+def merge_layer(graph: nnx.GraphDef, parameters: Mapping[str, Any]) -> DecoderLayer:
+    """A layer from its structure and a nested dictionary of parameters, in or out of ``jit``."""
+    return nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, _plain(parameters))))
+
+
+def fill(model: Decoder, parameters: Mapping[str, Any]) -> Decoder:
+    """``model`` with its parameters replaced by a nested dictionary of arrays of the same structure.
+
+    Raises:
+      TorqError: a parameter that is missing, unknown or of another shape.
+    """
+    graph, state = nnx.split(model)
+    expected = _flat_shapes(nnx.to_pure_dict(state))
+    given = _flat_shapes(parameters)
+    for name in sorted(expected.keys() | given.keys()):
+        if expected.get(name) != given.get(name):
+            raise TorqError(
+                f"parameter {name} has shape {given.get(name, 'none: it is missing')}: the model needs "
+                f"{expected.get(name, 'no such parameter')}"
+            )
+    return nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, _plain(parameters))))
+
+
+def rms_norm(x: Float[Array, "*b n"], scale: Float[Array, " n"], eps: float) -> Float[Array, "*b n"]:
+    """Root mean square norm over the last axis, computed in float32, in the dtype of ``x``."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_frequencies(config: DecoderConfig) -> Float[np.ndarray, " d/2"]:
+    """Radians a position, for each pair of a head's elements; with LLaMA 3.1's scaling where configured."""
+    d = config.head_dim
+    frequencies = 1.0 / config.rope_theta ** (np.arange(0, d, 2, dtype=np.float64) / d)
+    return _llama3_scaling(frequencies, config.rope_scaling).astype(np.float32)
+
+
+def rope_tables(
+    config: DecoderConfig, positions: Int32[Array, " t"]
+) -> tuple[Float[Array, "t d"], Float[Array, "t d"]]:
+    """Cosines and sines in float32; the two halves of a head carry the same angles."""
+    angles = positions.astype(jnp.float32)[:, None] * rope_frequencies(config)
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(
+    x: Float[Array, "b t h d"], cos: Float[Array, "t d"], sin: Float[Array, "t d"]
+) -> Float[Array, "b t h d"]:
+    """Rotate element i of a head with element i + d/2, as Hugging Face stores LLaMA and Qwen3."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (x * cos[:, None, :] + turned * sin[:, None, :]).astype(x.dtype)
+
+
+def attention(
+    q: Float[Array, "b t h d"],
+    k: Float[Array, "b s g d"],
+    v: Float[Array, "b s g d"],
+    start: Int32[Array, ""] | int = 0,
+) -> Float[Array, "b t h d"]:
+    """Causal grouped-query attention; query i sits at position ``start + i``, key j at position j.
+
+    Scores are in float32. More than :data:`QUERY_CHUNK` queries are taken in turns.
+    """
+    t = q.shape[1]
+    if t <= QUERY_CHUNK or t % QUERY_CHUNK:
+        return _attend(q, k, v, start + jnp.arange(t))
+    chunks = t // QUERY_CHUNK
+    by_chunk = jnp.moveaxis(q.reshape(q.shape[0], chunks, QUERY_CHUNK, *q.shape[2:]), 1, 0)
+    positions = start + jnp.arange(t).reshape(chunks, QUERY_CHUNK)
+    out = jax.lax.map(lambda chunk: _attend(chunk[0], k, v, chunk[1]), (by_chunk, positions))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+
+def _attend(q: Array, k: Array, v: Array, positions: Int32[Array, " t"]) -> Array:
+    b, t, h, d = q.shape
+    g = k.shape[2]
+    precision = matmul.precision(q.dtype)
+    grouped = q.reshape(b, t, g, h // g, d)
+    scores = jnp.einsum(
+        "btgrd,bsgd->bgrts", grouped, k.astype(q.dtype), precision=precision, preferred_element_type=jnp.float32
+    )
+    seen: Bool[Array, "t s"] = jnp.arange(k.shape[1])[None, :] <= positions[:, None]
+    scores = jnp.where(seen, scores * (1.0 / np.sqrt(d)), -jnp.inf)
+    shares = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    out = jnp.einsum("bgrts,bsgd->btgrd", shares, v.astype(q.dtype), precision=precision)
+    return out.reshape(b, t, h, d)
+
+
+def logits(
+    x: Float[Array, "*b H"], norm: Float[Array, " H"], head: Float[Array, "V H"], eps: float
+) -> Float[Array, "*b V"]:
+    """Output projection of the normed residual stream, in float32."""
+    x = rms_norm(x, norm, eps)
+    return jnp.einsum(
+        "...h,vh->...v",
+        x,
+        head.astype(x.dtype),
+        precision=matmul.precision(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _llama3_scaling(frequencies: np.ndarray, scaling: RopeScaling | None) -> np.ndarray:
+    """Long wavelengths are stretched by ``factor``, short ones kept, those between interpolated."""
+    if scaling is None:
+        return frequencies
+    wavelength = 2 * np.pi / frequencies
+    turns = scaling.original_max_position_embeddings / wavelength
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+
+
+class _Init:
+    """Makes parameters: random ones from a key, zeros of the right shape and dtype without one."""
+
+    def __init__(self, key: Array | None):
+        self.key = key
+
+    def weight(self, shape: tuple[int, ...]) -> Array:
+        if self.key is None:
+            return jnp.zeros(shape, jnp.float32)
+        self.key, own = jax.random.split(self.key)
+        return jax.random.normal(own, shape) / np.sqrt(shape[-1])
+
+    def codes(self, shape: tuple[int, ...]) -> Array:
+        return jnp.zeros(shape, jnp.uint8)
+
+    def constant(self, value: float, shape: tuple[int, ...]) -> Array:
+        return jnp.full(shape, value, jnp.float32)
+
+    def identity(self, shape: tuple[int, ...]) -> Array:
+        return jnp.broadcast_to(jnp.eye(shape[-1], dtype=jnp.bfloat16), shape)
+
+
+def _stacked_layers(config: DecoderConfig, formats: Formats, init: _Init) -> DecoderLayer:
+    graph, _ = make_layer(config, formats)
+    if init.key is None:
+        one = nnx.split(DecoderLayer(config, formats, _Init(None)))[1]
+        stack = lambda x: jnp.broadcast_to(x, (config.num_layers, *x.shape))  # noqa: E731
+        return nnx.merge(graph, jax.tree.map(stack, one))
+    init.key, own = jax.random.split(init.key)
+    make = lambda key: nnx.split(DecoderLayer(config, formats, _Init(key)))[1]  # noqa: E731
+    return nnx.merge(graph, jax.vmap(make)(jax.random.split(own, config.num_layers)))
+
+
+def _plain(tree: Any) -> Any:
+    return {k: _plain(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _flat_shapes(tree: Any, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    if isinstance(tree, Mapping):
+        flat: dict[str, tuple[int, ...]] = {}
+        for key, value in tree.items():
+            flat |= _flat_shapes(value, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    return {prefix: tuple(tree.shape)}

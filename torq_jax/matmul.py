@@ -1,0 +1,117 @@
+"""A linear layer in MXFP4: rotate, quantise, multiply; and which implementation does it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from torq_jax import mxfp4, rotation
+from torq_jax.errors import TorqError
+from torq_jax.mxfp4 import MXFP4Array, ScaleRule
+from torq_jax.rotation import TwoLevelRotation
+
+IMPLEMENTATIONS = ("xla",)
+"""Implementations that exist, best first."""
+
+_log = logging.getLogger(__name__)
+
+
+def matmul(
+    x: Float[Array, "*batch features"],
+    weight: Float[Array, "out features"] | MXFP4Array,
+    transform: TwoLevelRotation | None = None,
+    *,
+    activation_scale: ScaleRule | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "*batch out"]:
+    """``rotate(x) @ weight.T``, with the rotated activations rounded to MXFP4.
+
+    With ``weight = fold(w, transform)`` and neither operand rounded this is ``x @ w.T``: the rotation
+    changes the rounding only.
+
+    Args:
+      x: activations, float32 or bfloat16. Features are padded with zeros to the transform's size.
+      weight: ``[out, features]``, folded with ``transform``; MXFP4 in blocks along the features, or float.
+      transform: the site's rotation; None leaves the activations as they are.
+      activation_scale: scale rule for the activations' MXFP4 cast; None leaves them in float.
+      implementation: None for the best that can run here (logged once), or one of :data:`IMPLEMENTATIONS`.
+
+    Returns:
+      Products accumulated in float32, in the dtype of ``x``.
+
+    Raises:
+      TorqError: an implementation that does not exist or cannot run, or shapes that do not fit.
+    """
+    select(implementation)
+    return dot(prepare(x, transform, activation_scale), weight)
+
+
+def select(implementation: str | None) -> str:
+    """The implementation to use; a name that cannot run is an error, never another one in its place."""
+    if implementation is None:
+        _announce("xla", jax.default_backend())
+        return "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise TorqError(
+            f"implementation {implementation!r} does not exist: must be one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    return implementation
+
+
+@functools.cache
+def _announce(implementation: str, backend: str) -> None:
+    _log.info("MXFP4 matmul runs as %r on %s", implementation, backend)
+
+
+def prepare(
+    x: Float[Array, "*batch features"],
+    transform: TwoLevelRotation | None,
+    activation_scale: ScaleRule | None,
+) -> Float[Array, "*batch padded"]:
+    """Rotate and round the activations of a site, once for all the weights that it feeds.
+
+    The result holds MXFP4 values in the dtype of ``x``; E2M1 times a power of two is exact in bfloat16.
+    """
+    size = x.shape[-1] if transform is None else transform.features
+    if activation_scale is not None:
+        size = mxfp4.padded_size(size)
+    if size < x.shape[-1]:
+        raise TorqError(f"activations have {x.shape[-1]} features, the rotation {size}")
+    if size > x.shape[-1]:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
+    if transform is not None:
+        x = rotation.rotate(x, transform)
+    if activation_scale is not None:
+        x = mxfp4.quantize_dequantize(x, activation_scale)
+    return x
+
+
+def dot(
+    x: Float[Array, "*batch features"], weight: Float[Array, "out features"] | MXFP4Array
+) -> Float[Array, "*batch out"]:
+    """``x @ weight.T`` accumulated in float32; a packed weight is decoded to the dtype of ``x``, which is exact."""
+    if isinstance(weight, MXFP4Array):
+        weight = mxfp4.dequantize(weight, x.dtype)
+    padding = x.shape[-1] - weight.shape[-1]
+    if padding < 0 or padding >= mxfp4.BLOCK:
+        raise TorqError(f"activations have {x.shape[-1]} features, the weight {weight.shape[-1]}")
+    if padding:
+        # The padded part of a plain weight is zero; that of a folded one is stored.
+        weight = jnp.pad(weight, ((0, 0), (0, padding)))
+    return jnp.einsum(
+        "...i,oi->...o",
+        x,
+        weight.astype(x.dtype),
+        precision=precision(x.dtype),
+        preferred_element_type=jnp.float32,
+    ).astype(x.dtype)
+
+
+def precision(dtype: Any) -> jax.lax.Precision | None:
+    """Full precision for float32 operands, which accelerators would otherwise round to bfloat16."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
