@@ -8,8 +8,8 @@ import pytest
 from torq_jax import data
 from torq_jax.errors import TorqError
 
-# A title stands between blank lines and has one "=" on each side; sections have two or more. One article's table
-# legend (" = Goals ; A = ") has the same shape, and is told apart by its semicolon.
+# A title stands between blank lines and has one "=" on each side; sections have two or more. One article's
+# table legend (" = Goals ; A = ") has the same shape, and is told apart by its semicolon.
 TITLE = re.compile(r"(?:(?<=\n)|\A) \n = (?!= )([^;\n]*) = \n \n")
 
 
@@ -35,7 +35,8 @@ def test_text_is_whole_articles(name: str, articles: int) -> None:
     text = read(name)
     assert len(TITLE.findall(text)) == articles
     assert text.startswith(" \n = ")  # the blank line before the first heading
-    assert text.endswith(" \n") and not text.endswith("\n \n")  # the end of the last paragraph
+    # The last paragraph and one blank line; the second blank line between articles belongs to the next one.
+    assert text.endswith(" \n \n") and not text.endswith("\n \n \n")
     assert "\r" not in text and "<unk>" not in text
 
 
