@@ -26,7 +26,7 @@ from torq_jax.errors import TorqError
 POSITIONS = 32
 """Positions inside a block: the block size of MXFP4, fixed by the OCP standard."""
 
-_ROWS = 1024  # rows of a weight folded at once on the host: bounds the float64 temporaries
+_ROWS = 256  # rows of a weight folded at once on the host: the float64 temporaries stay in cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,13 +325,14 @@ def _rotate_host(
     if inter is not None:
         size = inter.shape[-1]
         groups = blocks // size
-        by_position = x.reshape(tokens, groups, size, POSITIONS).transpose(3, 1, 0, 2)  # [k, n, t, g]
+        grouped = x.reshape(tokens, groups, size, POSITIONS)  # [t, n, g, k]
         if _inter_by_position(inter.shape, blocks):
             matrix = inter.reshape(POSITIONS, groups, size, size)
-        else:
-            matrix = inter.reshape(1, groups, size, size)
-        mixed = np.matmul(np.ascontiguousarray(by_position), matrix)
-        x = mixed.transpose(2, 1, 3, 0).reshape(tokens, features)
+            mixed = np.matmul(np.ascontiguousarray(grouped.transpose(3, 1, 0, 2)), matrix)  # [k, n, t, g]
+            x = mixed.transpose(2, 1, 3, 0).reshape(tokens, features)
+        else:  # needs no transposed copy of x
+            matrix = np.ascontiguousarray(np.swapaxes(inter.reshape(groups, size, size), -1, -2))
+            x = np.matmul(matrix, grouped).reshape(tokens, features)
     if intra is not None and intra.ndim == 2:
         x = (x.reshape(-1, POSITIONS) @ intra).reshape(tokens, features)
     elif intra is not None:
