@@ -1,9 +1,9 @@
 """Perplexity of a model under Hugging Face's own code, by the protocol of ``torq_jax.evaluate``.
 
-Protocol: the whole text, read byte for byte, is tokenised once without special tokens and cut into windows of
-``--window`` tokens that do not overlap; the first ``--windows`` of them are scored, each on its own; the first
-token of a window is context only; perplexity is exp of the mean negative log-likelihood of all scored tokens.
-Weights and arithmetic are float32.
+Protocol: the whole text, read byte for byte, is tokenised once without special tokens and cut into windows
+of ``--window`` tokens that do not overlap; the first ``--windows`` of them are scored, each on its own; the
+first token of a window is context only; perplexity is exp of the mean negative log-likelihood of all scored
+tokens. Weights and arithmetic are float32.
 
 It is the reference for ours, and runs in an environment of its own (``pip install torch transformers gguf
 accelerate``); nothing else here needs torch. MODEL is a directory, a hub id or a .gguf file:
@@ -63,7 +63,9 @@ def main() -> None:
     tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
     count = min(arguments.windows, len(tokens) // arguments.window)
     if count == 0:
-        raise SystemExit(f"{arguments.text}: {len(tokens)} tokens are fewer than one window of {arguments.window}")
+        raise SystemExit(
+            f"{arguments.text}: {len(tokens)} tokens are fewer than one window of {arguments.window}"
+        )
     start = time.perf_counter()
     windows = tokens[: count * arguments.window].reshape(count, arguments.window)
     nll = np.stack([window_nll(network, window) for window in windows])

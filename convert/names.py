@@ -55,7 +55,7 @@ def outer_tensors(config: DecoderConfig) -> dict[str, str]:
 
 
 def layer_tensors(config: DecoderConfig, layer: int) -> dict[str, str]:
-    """Our key -> Hugging Face name of every tensor of one layer, e.g. ``attn_in/q``, ``mlp_out/down_bias``."""
+    """Our key -> Hugging Face name of every tensor of a layer: ``attn_in/q``, ``mlp_out/down_bias``..."""
     prefix = f"model.layers.{layer}."
     norms = ("attn_in_norm", "mlp_in_norm", *(("q_norm", "k_norm") if config.qk_norm else ()))
     names = {key: f"{prefix}{_HF_NORMS[key]}.weight" for key in norms}
