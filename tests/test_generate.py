@@ -1,0 +1,78 @@
+"""Generation: cached decoding against whole passes, sampling, streaming."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from tests.test_decoder import GOLDENS, golden_model
+from torq_jax.errors import TorqError
+from torq_jax.generate import chat_prompt, generate_tokens, sample, stream_text
+
+
+@pytest.fixture(scope="module")
+def model():
+    return golden_model("llama3")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(GOLDENS / "llama3")
+
+
+def test_greedy_tokens_equal_hugging_face(model):
+    golden = np.load(GOLDENS / "llama3" / "golden.npz")
+    made = list(generate_tokens(model, golden["prompt"].tolist(), max_tokens=8))
+    np.testing.assert_array_equal(made, golden["generated"])
+
+
+def test_a_seed_gives_the_same_tokens_again(model):
+    settings = {"max_tokens": 12, "temperature": 1.0, "top_k": 50, "top_p": 0.9}
+    first, again, other = (list(generate_tokens(model, [3, 4], seed=s, **settings)) for s in (1, 1, 2))
+    assert first == again != other
+
+
+def test_generation_stops_at_the_end_of_sequence(model):
+    end = model.config.eos_token_ids[0]
+    tokens = list(generate_tokens(model, [3], max_tokens=400, temperature=3.0, seed=0))
+    # At this temperature every one of 288 tokens is likely; it must not go on past the end.
+    assert end not in tokens[:-1]
+    assert len(tokens) == 400 or tokens[-1] == end
+
+
+def test_sampling_keeps_to_its_limits():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    drawn = {
+        name: {int(sample(logits, jax.random.key(i), temperature=1.0, **limit)[0]) for i in range(60)}
+        for name, limit in {"k": {"top_k": 2}, "p": {"top_p": 0.6}, "all": {}, "one": {"top_p": 1e-6}}.items()
+    }
+    assert drawn == {"k": {0, 1}, "p": {0, 1}, "all": {0, 1, 2, 3}, "one": {0}}
+    assert int(sample(logits, jax.random.key(0))[0]) == 0
+
+
+def test_streamed_pieces_make_the_whole_text(model, tokenizer):
+    pieces = list(stream_text(model, tokenizer, "the quick", max_tokens=20))
+    ids = tokenizer("the quick")["input_ids"]
+    whole = tokenizer.decode(list(generate_tokens(model, ids, max_tokens=20)), skip_special_tokens=True)
+    assert "".join(pieces) == whole and len(pieces) > 1
+
+
+def test_chat_prompt_uses_the_template(tokenizer):
+    assert "hello" in chat_prompt(tokenizer, "hello") != "hello"
+    with pytest.raises(TorqError, match="no chat template"):
+        chat_prompt(object(), "hello")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ([], {}, "the prompt has no tokens"),
+        ([999], {}, "token 999 outside the vocabulary of 288"),
+        ([1], {"temperature": -1}, "must not be negative"),
+        ([1], {"top_p": 0}, r"top_p 0 in \(0, 1\]"),
+    ],
+)
+def test_bad_settings_are_errors(model, prompt, settings, message):
+    with pytest.raises(TorqError, match=message):
+        generate_tokens(model, prompt, **settings)

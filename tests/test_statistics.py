@@ -1,0 +1,73 @@
+"""Calibration statistics: they add up, and no token outweighs another."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from torq_jax import statistics
+from torq_jax.errors import TorqError
+
+
+def direct(x):
+    """The definition, in float64 numpy."""
+    x = np.asarray(x, np.float64)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True))
+    x = x.reshape(len(x), -1, 32)
+    return np.einsum("tbk,tck->kbc", x, x) / len(x)
+
+
+def test_moments_follow_the_definition():
+    x = jax.random.normal(jax.random.key(0), (50, 96)) * jnp.arange(1, 97)
+    found = statistics.gather(x)
+    assert found.tokens == 50
+    # 50 float32 products of order one.
+    np.testing.assert_allclose(found.inter, direct(x), atol=2e-5)
+
+
+def test_two_batches_add_up_to_one():
+    x = jax.random.normal(jax.random.key(1), (60, 64))
+    both = statistics.add(statistics.gather(x[:20]), statistics.gather(x[20:]))
+    whole = statistics.gather(x)
+    assert both.tokens == whole.tokens == 60
+    np.testing.assert_allclose(both.inter, whole.inter, atol=1e-6)
+    np.testing.assert_array_equal(both.samples, whole.samples)
+
+
+def test_a_loud_token_counts_as_much_as_a_quiet_one():
+    x = jax.random.normal(jax.random.key(2), (30, 64))
+    np.testing.assert_allclose(
+        statistics.gather(x.at[0].mul(1e4)).inter, statistics.gather(x).inter, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_zero_tokens_are_left_out_and_padding_is_zero():
+    x = jax.random.normal(jax.random.key(3), (10, 40)).at[4].set(0)
+    found = statistics.gather(x)
+    assert found.tokens == 9 and found.samples.shape == (10, 64)
+    assert not found.samples[:, 40:].any() and not found.samples[4].any()
+    assert not found.inter[8:, 1].any()  # positions 8 and above of the second block are padding
+
+
+def test_sampling_is_reproducible():
+    x = jax.random.normal(jax.random.key(4), (100, 32))
+    a, b = (statistics.gather(x, samples=7, seed=5, moments=False) for _ in range(2))
+    assert a.samples.shape == (7, 32) and not a.inter.any()
+    np.testing.assert_array_equal(a.samples, b.samples)
+
+
+def test_a_pytree():
+    found = statistics.gather(jnp.ones((4, 32)))
+    leaves, tree = jax.tree.flatten(found)
+    assert len(leaves) == 3 and jax.tree.unflatten(tree, leaves).tokens == 4
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_activations_are_an_error(bad):
+    with pytest.raises(TorqError, match="activations hold a NaN or an infinity"):
+        statistics.gather(jnp.ones((4, 32)).at[1, 3].set(bad))
+
+
+def test_shapes_are_checked():
+    with pytest.raises(TorqError, match=r"activations have shape \(0, 32\)"):
+        statistics.gather(jnp.ones((0, 32)))

@@ -1,0 +1,259 @@
+"""Checkpoints: a directory that says everything about itself.
+
+::
+
+    DIR/torq.json       manifest: format version, architecture, format of every site, how it was converted
+    DIR/layers/00000/   one Orbax checkpoint a layer, written as soon as the layer is finished
+    DIR/outer/          embeddings, final norm, output projection
+    DIR/tokenizer/      the tokenizer's own files
+    DIR/report.json, report.html, plots/
+
+A checkpoint is written beside its destination and renamed when it is whole, so a directory with a manifest
+is a complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from torq_jax import decoder, mxfp4
+from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
+from torq_jax.decoder import Decoder, SiteFormat
+from torq_jax.errors import ConversionError, TorqError
+
+MANIFEST = "torq.json"
+FORMAT = "torq-jax"
+VERSION = 1
+
+
+class Loaded(NamedTuple):
+    """What :func:`load` returns."""
+
+    model: Decoder
+    tokenizer: Any
+    """A transformers tokenizer, or None where the source had none."""
+    manifest: dict[str, Any]
+
+
+class CheckpointWriter:
+    """Writes a checkpoint piece by piece; see :func:`writing`."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def layer(self, index: int, parameters: Mapping[str, Any]) -> None:
+        """Write one layer's parameters, a nested dictionary of arrays."""
+        self._save(self.directory / "layers" / f"{index:05d}", parameters)
+
+    def outer(self, parameters: Mapping[str, Any]) -> None:
+        """Write the parameters outside the layers."""
+        self._save(self.directory / "outer", parameters)
+
+    def manifest(self, data: Mapping[str, Any]) -> None:
+        """Write the manifest; last, since it marks the checkpoint complete."""
+        text = json.dumps({"format": FORMAT, "version": VERSION, **data}, indent=1)
+        (self.directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+    def _save(self, path: Path, tree: Mapping[str, Any]) -> None:
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(path.absolute(), jax.tree.map(np.asarray, dict(tree)))
+        except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
+            raise ConversionError(f"cannot write {path.name}: {_first_line(error)}{_space(path)}") from error
+
+
+@contextlib.contextmanager
+def writing(directory: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[CheckpointWriter]:
+    """Write a checkpoint that appears at ``directory`` whole or not at all.
+
+    Everything goes to a hidden directory beside it, which is renamed at the end and removed on any error.
+
+    Raises:
+      ConversionError: the directory exists (and ``overwrite`` is not set), or it cannot be written.
+    """
+    target = Path(directory).absolute()
+    check_target(target, overwrite=overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as error:
+        raise ConversionError(f"cannot write to {target.parent}: {_first_line(error)}") from error
+    try:
+        yield CheckpointWriter(partial)
+        partial.chmod(0o755)
+        if target.exists():
+            old = partial.with_name(partial.name + ".old")
+            os.rename(target, old)
+            os.rename(partial, target)
+            shutil.rmtree(old)
+        else:
+            os.rename(partial, target)
+    except OSError as error:
+        raise ConversionError(f"cannot write {target}: {_first_line(error)}{_space(partial)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Raise ConversionError if a checkpoint cannot go to ``directory`` because something is there."""
+    target = Path(directory)
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ConversionError(f"output directory {target} exists: choose another with --out, or pass --overwrite")
+    if not (target / MANIFEST).is_file() and any(target.iterdir() if target.is_dir() else [target]):
+        raise ConversionError(f"{target} is not a checkpoint of this project: --overwrite does not touch it")
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+      TorqError: no checkpoint there, or one of another format or version.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TorqError(f"{directory} holds no checkpoint: {MANIFEST} is missing") from None
+    except (OSError, ValueError) as error:
+        raise TorqError(f"{path} cannot be read: {_first_line(error)}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise TorqError(f"{path} is not a manifest of a {FORMAT} checkpoint")
+    if manifest.get("version") != VERSION:
+        raise TorqError(f"{path} has version {manifest.get('version')}: this release reads version {VERSION}")
+    return manifest
+
+
+def load(
+    directory: str | os.PathLike[str], *, dtype: Any = None, dequantize: bool | None = None
+) -> Loaded:
+    """Load a converted model and its tokenizer; the checkpoint itself says what it is.
+
+    Args:
+      directory: what the converter wrote.
+      dtype: of the activations; float32 on a CPU and bfloat16 elsewhere when None.
+      dequantize: decode the packed weights once, at load: more memory, faster steps. None means on a CPU
+        only. Results are the same, since every MXFP4 value is exact in both dtypes.
+
+    Returns:
+      The model, its tokenizer, and the manifest.
+
+    Raises:
+      TorqError: no checkpoint there, or a damaged one.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = jnp.dtype(dtype if dtype is not None else jnp.float32 if on_cpu else jnp.bfloat16)
+    dequantize = on_cpu if dequantize is None else dequantize
+
+    config = DecoderConfig.from_json(manifest["config"])
+    formats = {site: SiteFormat.from_json(manifest["sites"][site]) for site in SITES}
+    layers: Any = None
+    for index in range(config.num_layers):
+        layer = restore(directory / "layers" / f"{index:05d}")
+        if dequantize:
+            layer = {
+                name: decode_site(value, config, name, formats[name], dtype) if name in SITES else value
+                for name, value in layer.items()
+            }
+        if layers is None:
+            layers = jax.tree.map(lambda x: np.empty((config.num_layers, *x.shape), x.dtype), layer)
+        _copy_into(layers, layer, index, directory)
+    outer = restore(directory / "outer")
+    if dequantize:
+        formats = {site: _decoded(form) for site, form in formats.items()}
+    model = nnx.eval_shape(lambda: Decoder(config, formats, dtype=dtype))
+    model = decoder.fill(model, jax.tree.map(jnp.asarray, {**outer, "layers": layers}))
+    return Loaded(model, load_tokenizer(directory / "tokenizer"), manifest)
+
+
+def restore(path: Path) -> dict[str, Any]:
+    """One Orbax piece as a nested dictionary of numpy arrays.
+
+    Raises:
+      TorqError: it is missing or damaged.
+    """
+    if not path.is_dir():
+        raise TorqError(f"checkpoint is incomplete: {path} is missing")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return jax.tree.map(np.asarray, checkpointer.restore(path.absolute()))
+    except (OSError, ValueError, KeyError) as error:
+        raise TorqError(f"checkpoint is damaged: {path} cannot be read: {_first_line(error)}") from error
+
+
+def decode_site(
+    parameters: Mapping[str, Any], config: DecoderConfig, site: str, form: SiteFormat, dtype: Any
+) -> dict[str, Any]:
+    """A site's parameters with packed weights replaced by their values in ``dtype``."""
+    if form.weights != "mxfp4":
+        return dict(parameters)
+    decoded = {k: v for k, v in parameters.items() if not k.endswith(("_codes", "_scales"))}
+    # A plain weight keeps its own length; the rotation's padding is part of a folded one.
+    stored = _decoded(form).stored_features(config.site_in_features(site))
+    for name in SITE_WEIGHTS[site]:
+        codes = jnp.asarray(parameters[f"{name}_codes"])
+        packed = mxfp4.MXFP4Array(codes, jnp.asarray(parameters[f"{name}_scales"]), stored, -1)
+        decoded[name] = mxfp4.dequantize(packed, dtype)
+    return decoded
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer in ``directory``, or None if there is none. No remote code is run."""
+    if not directory.is_dir():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+
+
+def directory_bytes(directory: Path, *parts: str) -> int:
+    """Bytes of all files below ``directory``, or below the named parts of it."""
+    roots = [directory / part for part in parts] or [directory]
+    return sum(f.stat().st_size for root in roots for f in root.rglob("*") if f.is_file())
+
+
+def _decoded(form: SiteFormat) -> SiteFormat:
+    return SiteFormat(
+        weight_scale=form.weight_scale,
+        activation_scale=form.activation_scale,
+        inter=form.inter,
+        intra=form.intra,
+    )
+
+
+def _copy_into(stack: Any, layer: Any, index: int, directory: Path) -> None:
+    for name, value in layer.items():
+        if isinstance(value, Mapping):
+            _copy_into(stack.get(name, {}), value, index, directory)
+        elif name not in stack or stack[name].shape[1:] != value.shape:
+            raise TorqError(f"checkpoint {directory} is damaged: layer {index} differs from layer 0 at {name!r}")
+        else:
+            stack[name][index] = value
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _space(path: Path) -> str:
+    """A hint where the disk is full, as far as that can be told."""
+    while not path.exists():
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    return f" (the disk has {free / 2**20:.0f} MiB free)" if free < 64 * 2**20 else ""

@@ -1,0 +1,193 @@
+"""Perplexity, with its protocol: ``python -m torq_jax.evaluate DIR --text FILE``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from torq_jax import decoder
+from torq_jax.decoder import Decoder
+from torq_jax.errors import TorqError
+
+JOINS = ("raw", "rows")
+LOGITS_CHUNK = 256
+"""Tokens whose logits are held at a time; a large vocabulary makes them the largest array there is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How a perplexity was measured; two perplexities of different protocols cannot be compared."""
+
+    file: str
+    sha256: str
+    joined: str
+    """``"raw"``: the file as it is. ``"rows"``: its lines joined by two newlines, as papers do with WikiText."""
+    window: int
+    windows: int
+    bos: bool
+    tokens_scored: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.file} (sha256 {self.sha256[:12]}), joined {self.joined}, {self.windows} windows of "
+            f"{self.window} tokens from its start, {'with' if self.bos else 'without'} BOS, "
+            f"{self.tokens_scored} tokens scored"
+        )
+
+
+def read_text(path: str | Path, joined: str = "raw") -> tuple[str, str]:
+    """A text and the sha256 of its file. ``.jsonl`` files give their ``text`` fields, joined by two newlines.
+
+    Raises:
+      TorqError: the file is missing, is not UTF-8 text, or has lines without a ``text`` field.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8")
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line)["text"] for line in text.split("\n") if line.strip()]
+            text = "\n\n".join(rows)
+        elif joined == "rows":
+            lines = text.split("\n")[:-1]
+            text = "\n\n".join(line + "\n" if line.strip() else "" for line in lines)
+    except FileNotFoundError:
+        raise TorqError(f"text file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise TorqError(f"text file {path} cannot be read: {type(error).__name__}: {error}") from error
+    return text, hashlib.sha256(data).hexdigest()
+
+
+def tokenize(tokenizer: Any, text: str) -> Int32[np.ndarray, " n"]:
+    """Token ids of a whole text, without special tokens."""
+    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return np.asarray(ids, np.int32)
+
+
+def cut(tokens: Int32[np.ndarray, " n"], window: int, count: int | None = None) -> Int32[np.ndarray, "w t"]:
+    """The first ``count`` whole windows of the text, side by side; all that fit when None.
+
+    Raises:
+      TorqError: the text is too short for them.
+    """
+    fit = len(tokens) // window
+    if fit < (1 if count is None else count):
+        raise TorqError(
+            f"the text has {len(tokens)} tokens, {fit} windows of {window}, but {count or 1} are needed: "
+            "use a longer text, fewer windows or a smaller window"
+        )
+    count = fit if count is None else count
+    return tokens[: count * window].reshape(count, window)
+
+
+@functools.partial(jax.jit, static_argnames="eps")
+def negative_log_likelihood(
+    hidden: Float[Array, "b t H"],
+    tokens: Int32[Array, "b t"],
+    norm: Float[Array, " H"],
+    head: Float[Array, "V H"],
+    *,
+    eps: float,
+) -> Float[Array, "b t-1"]:
+    """``-log p(token i + 1 | tokens 0 to i)`` in nats, from the residual stream after the last layer."""
+    x, targets = hidden[:, :-1], tokens[:, 1:]
+    b, t, h = x.shape
+    chunks = -(-t // LOGITS_CHUNK)
+    x = jnp.pad(x, ((0, 0), (0, chunks * LOGITS_CHUNK - t), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, chunks * LOGITS_CHUNK - t)))
+
+    def score(chunk: tuple[Array, Array]) -> Array:
+        logits = decoder.logits(chunk[0], norm, head, eps)
+        chosen = jnp.take_along_axis(logits, chunk[1][..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    split = (
+        jnp.moveaxis(x.reshape(b, chunks, LOGITS_CHUNK, h), 1, 0),
+        jnp.moveaxis(targets.reshape(b, chunks, LOGITS_CHUNK), 1, 0),
+    )
+    return jnp.moveaxis(jax.lax.map(score, split), 0, 1).reshape(b, -1)[:, :t]
+
+
+def window_losses(model: Decoder, windows: Int32[np.ndarray, "w t"]) -> Float[np.ndarray, "w t-1"]:
+    """Negative log-likelihood in nats of every token but the first of each window, each window on its own."""
+    c = model.config
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def run(state: Any, tokens: Array) -> Array:
+        model = nnx.merge(graph, state)
+        head = model.embed if c.tie_embeddings else model.lm_head
+        hidden, _ = model.hidden(tokens)
+        return negative_log_likelihood(hidden, tokens, model.norm[...], head[...], eps=c.norm_eps)
+
+    return np.concatenate([np.asarray(run(state, jnp.asarray(w[None]))) for w in windows])
+
+
+def perplexity(
+    model: Decoder,
+    tokenizer: Any,
+    path: str | Path,
+    *,
+    window: int = 1024,
+    windows: int | None = None,
+    joined: str = "raw",
+) -> tuple[float, Protocol]:
+    """Perplexity of ``model`` on a text file, and the protocol that gives it a meaning.
+
+    The whole text is tokenised once, without special tokens, and cut into windows side by side; each is
+    scored on its own, its first token being context only.
+
+    Raises:
+      TorqError: a text that cannot be read or is too short.
+    """
+    text, digest = read_text(path, joined)
+    tokens = cut(tokenize(tokenizer, text), window, windows)
+    losses = window_losses(model, tokens)
+    protocol = Protocol(Path(path).name, digest, joined, window, len(tokens), False, losses.size)
+    return float(np.exp(losses.mean(dtype=np.float64))), protocol
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    from torq_jax.checkpoint import load
+
+    parser = argparse.ArgumentParser("python -m torq_jax.evaluate", description=__doc__)
+    parser.add_argument("directory", help="checkpoint that python -m convert wrote")
+    parser.add_argument("--text", required=True, help="UTF-8 text, or .jsonl with a field 'text' a line")
+    parser.add_argument("--window", type=int, default=1024, help="tokens a window (default: %(default)s)")
+    parser.add_argument("--windows", type=int, help="how many windows, from the start (default: all)")
+    parser.add_argument("--joined", choices=JOINS, default="raw", help="how the file becomes one text")
+    options = parser.parse_args(argv)
+    try:
+        model, tokenizer, _ = load(options.directory)
+        if tokenizer is None:
+            raise TorqError(f"{options.directory} has no tokenizer: text cannot be scored")
+        value, protocol = perplexity(
+            model,
+            tokenizer,
+            options.text,
+            window=options.window,
+            windows=options.windows,
+            joined=options.joined,
+        )
+    except TorqError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"perplexity {value:.4f}\nprotocol   {protocol}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
