@@ -20,7 +20,7 @@ Form = Literal["shared", "per_position"]
 FORMS: tuple[str, ...] = get_args(Form)
 
 # Deviations below this share of the trace are rounding: a diagonal entry of Q^T S Q carries an error of a few
-# float64 units of the trace. With fewer than 1e6 blocks it stays far below the 1e-6 of the mean that is promised.
+# float64 units of the trace. With up to 1e6 blocks that stays far below the promised 1e-6 of the mean.
 _ROUNDING = 1e-14
 
 
@@ -29,7 +29,7 @@ class Equalised(NamedTuple):
 
     rotation: Float64[np.ndarray, "*batch n n"]
     """Orthogonal ``Q``; every diagonal entry of ``Q^T S Q`` is ``trace(S) / n``."""
-    count: Int64[np.ndarray, "*batch"]
+    rotations: Int64[np.ndarray, "*batch"]
     """Givens rotations used, at most ``n - 1``."""
 
 
@@ -131,9 +131,9 @@ def solve_inter(
 
 
 def block_energies(
-    inter: Float64[np.ndarray, "32 B B"], rotation: Float64[np.ndarray, "..."] | None = None
+    inter: Float64[np.ndarray, "32 B B"], rotation: np.ndarray | None = None
 ) -> Float64[np.ndarray, "32 B"]:
-    """Energy of each position of each block, ``E x[b, k]^2``, after the inter matrix ``rotation`` if given."""
+    """``E x[b, k]^2`` of each position of each block, after the inter matrix ``rotation`` when given."""
     if rotation is None:
         return np.einsum("kbb->kb", inter)
     blocks, size = inter.shape[-1], rotation.shape[-1]

@@ -10,6 +10,10 @@ With ``p[k, j]`` the share of column k's values that round to the j-th of the 8 
 
 A step is kept only if the loss, its scales derived anew, has fallen. Counts are integers throughout, so
 "fallen" is exact.
+
+The search is numpy, not jit-compiled jax, because it is mostly one large sort and running sums of 64-bit
+integers: on a CPU numpy's vectorised sort is several times faster than XLA's (``benchmarks/solvers.py``
+times both), and jax would need its 64-bit mode.
 """
 
 from __future__ import annotations
@@ -32,14 +36,15 @@ LEVELS = 8
 BOUNDARIES = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
 """Where rounding passes from one magnitude to the next; ties go to the even code."""
 
-# Least magnitude of each code from 1 on: a tie at the boundary below an odd code belongs to the even code under it.
+# Least magnitude of each code from 1 on. A tie at the boundary below an odd code goes to the even code
+# under it.
 _LEAST = np.where(np.arange(1, LEVELS) % 2 == 1, np.nextafter(BOUNDARIES, np.inf), BOUNDARIES)
 
 # Counters of four codes share one int64 word, 16 bits each, so that one running sum serves four. The sum of
 # squares of both columns' counts must fit int32.
-_MAX_BLOCKS = 2**15 - 1
-_EVENT_BITS = 5
-_NO_EVENT = 28  # events are 0..27: column (2) x direction (2) x boundary (7)
+MAX_BLOCKS = 2**15 - 1
+"""Most sample blocks that counts can hold."""
+_EVENT_BITS = 5  # events are 0..27: column (2) x direction (2) x boundary (7)
 
 # Critical angles closer than this are one: no midpoint between them survives rounding.
 _LEAST_WIDTH = 1e-12
@@ -61,7 +66,7 @@ class Aligned(NamedTuple):
     entropy_after: float
 
 
-def block_exponents(x: Float[np.ndarray, "n 32"], rule: Rule = "floor") -> Int64[np.ndarray, "n"]:
+def block_exponents(x: Float[np.ndarray, "n 32"], rule: Rule = "floor") -> Int64[np.ndarray, " n"]:
     """Exponent ``e`` of each block's E8M0 scale ``2^e``, exact, from the bits of the largest magnitude.
 
     Zero blocks have -127. Rules as in :func:`torq_jax.mxfp4.quantize`.
@@ -71,7 +76,9 @@ def block_exponents(x: Float[np.ndarray, "n 32"], rule: Rule = "floor") -> Int64
     """
     if rule not in RULES:
         raise TorqError(f"scale rule {rule!r} is not supported here: must be one of {', '.join(RULES)}")
-    mantissa, exponent = np.frexp(np.abs(x).max(axis=-1))  # amax = mantissa * 2^exponent, mantissa in [1/2, 1)
+    mantissa, exponent = np.frexp(
+        np.abs(x).max(axis=-1)
+    )  # amax = mantissa * 2^exponent, mantissa in [1/2, 1)
     exponent = exponent.astype(np.int64) - 3  # floor(log2 amax) - 2
     if rule == "ceil":
         exponent += mantissa > 0.75  # amax > 6 * 2^(floor(log2 amax) - 2)
@@ -89,7 +96,9 @@ def codebook_counts(x: Float[np.ndarray, "n 32"], rule: Rule = "floor") -> Int64
     return _counts(_scaled(np.asarray(x, np.float64), rule))
 
 
-def codebook_histogram(x_blocks: Float[np.ndarray, "n 32"], rule: Rule = "floor") -> Float64[np.ndarray, "32 8"]:
+def codebook_histogram(
+    x_blocks: Float[np.ndarray, "n 32"], rule: Rule = "floor"
+) -> Float64[np.ndarray, "32 8"]:
     """Share of each column's values that round to each of the 8 magnitudes; rows sum to one.
 
     Args:
@@ -119,7 +128,7 @@ def align(
     x: Float[np.ndarray, "n 32"],
     *,
     rule: Rule = "floor",
-    steps: int = 60,
+    steps: int = 80,
     anticorrelation: float = 0.1,
 ) -> Aligned:
     """Find the intra rotation that evens out codebook use on sample blocks, starting from the identity.
@@ -141,8 +150,8 @@ def align(
     if not np.isfinite(x).all():
         raise TorqError("samples hold a NaN or an infinity: calibrate again with finite activations")
     x = x[np.any(x != 0, axis=1)]
-    if len(x) > _MAX_BLOCKS:
-        raise TorqError(f"{len(x)} sample blocks are more than {_MAX_BLOCKS}: draw fewer")
+    if len(x) > MAX_BLOCKS:
+        raise TorqError(f"{len(x)} sample blocks are more than {MAX_BLOCKS}: draw fewer")
     # Columns are what everything below works on: store each contiguously.
     columns = np.ascontiguousarray(x.T)  # [32, n]
     turn = np.eye(POSITIONS)  # transposed: rows are the columns of R
@@ -176,7 +185,9 @@ def align(
                 rotations += len(order)
                 turned = pairs[order].ravel()
                 exhausted[turned] = exhausted[:, turned] = False
-                exhausted[pairs[order, 0], pairs[order, 1]] = exhausted[pairs[order, 1], pairs[order, 0]] = True
+                exhausted[pairs[order, 0], pairs[order, 1]] = exhausted[pairs[order, 1], pairs[order, 0]] = (
+                    True
+                )
                 break
             order = order[: len(order) // 2]
     return Aligned(
@@ -217,76 +228,76 @@ def pick_pairs(
 
 def best_angles(
     a: Float64[np.ndarray, "p n"], b: Float64[np.ndarray, "p n"]
-) -> tuple[Float64[np.ndarray, "p"], Int64[np.ndarray, "p"]]:
+) -> tuple[Float64[np.ndarray, " p"], Int64[np.ndarray, " p"]]:
     """The angle that minimises the codebook loss of each pair of columns, scales fixed: exact.
 
     Columns turn as ``a' = a cos t - b sin t, b' = a sin t + b cos t``. A turn by pi/2 swaps the magnitudes of
     both columns, so ``[-pi/4, pi/4)`` holds every value of the loss. In polar form ``a = r cos f,
-    b = r sin f``; the magnitude ``r |cos(f + t)|`` crosses a boundary ``c < r`` at ``f + t = acos(c / r)`` up to
-    sign and multiples of pi, the other one a quarter turn apart: two critical angles in each window of pi/2
-    for each value and boundary. Between critical angles all counts are constant.
+    b = r sin f``; the magnitude ``r |cos(f + t)|`` crosses a boundary ``c < r`` at ``f + t = acos(c / r)``
+    up to sign and multiples of pi, the other one a quarter turn apart: two critical angles in each window of
+    pi/2 for each value and boundary. Between critical angles all counts are constant.
 
     Args:
-      a: first columns, over their blocks' scales.
+      a: first columns, over their blocks' scales; n at most 32767.
       b: second columns.
 
     Returns:
       Angles, each the middle of its interval, and gains: how much the sum of squared counts falls, 0 where
       no interval is better than staying.
     """
-    pairs, n = a.shape
+    # One pair at a time: its tens of thousands of events stay in cache, and only real crossings are sorted.
+    best = [_best_angle(first, second) for first, second in zip(a, b, strict=True)]
+    return np.array([angle for angle, _ in best]), np.array([gain for _, gain in best], np.int64)
+
+
+def _best_angle(a: Float64[np.ndarray, " n"], b: Float64[np.ndarray, " n"]) -> tuple[float, int]:
     quarter = np.pi / 2
     radius, phase = np.hypot(a, b), np.arctan2(b, a)
     quadrant = np.floor(phase / quarter)
     phase = phase - quadrant * quarter  # [0, pi/2)
-    quadrant = quadrant.astype(np.int64) & 1  # 1: a is on the sine
+    on_sine = quadrant.astype(np.int64) & 1  # 1 where a is r sin(phase) and b is r cos(phase)
 
-    ratio = BOUNDARIES[:, None] / np.maximum(radius, 1e-300)[:, None, :]  # [p, 7, n]
-    crosses = ratio < 1
-    alpha = np.arccos(np.minimum(ratio, 1.0))
-    keys = np.empty((pairs, 2, LEVELS - 1, n), np.int64)
-    boundary = np.arange(LEVELS - 1)[:, None]
+    boundary, value = np.nonzero(BOUNDARIES[:, None] < radius)  # [e / 2] each
+    if not len(value):
+        return 0.0, 0
+    alpha, phase, on_sine = np.arccos(BOUNDARIES[boundary] / radius[value]), phase[value], on_sine[value]
+    keys = np.empty((2, len(value)), np.int64)
     for kind, critical in enumerate((alpha, quarter - alpha)):
-        # The cosine falls through the boundary at alpha; the sine rises through it at pi/2 - alpha.
-        critical = critical - phase[:, None, :]
-        wrap = (critical < -quarter / 2).astype(np.int64) - (critical >= quarter / 2)
-        critical += wrap * quarter
-        column = (quadrant[:, None, :] + wrap + kind) & 1
-        event = np.where(crosses, column * 14 + kind * 7 + boundary, _NO_EVENT)
+        # The cosine falls through the boundary at alpha (kind 0), the sine rises through it at pi/2 - alpha.
+        angle = critical - phase  # (-pi/2, pi/2); moved into the window, columns swap
+        low, high = angle < -quarter / 2, angle >= quarter / 2
+        angle += quarter * low
+        angle -= quarter * high
+        event = 14 * (on_sine ^ kind ^ (low | high)) + (7 * kind + boundary)
         # Positive floats order as their bits: the lowest bits carry the event through the sort.
-        angle = np.where(crosses, critical + 2.0, 2.0 + quarter / 2)
-        keys[:, kind] = (angle.view(np.int64) & -(1 << _EVENT_BITS)) | event
-    keys = keys.reshape(pairs, -1)
-    keys.sort(axis=-1)
-    events = keys & ((1 << _EVENT_BITS) - 1)
-    angles = (keys & -(1 << _EVENT_BITS)).view(np.float64) - 2.0  # [p, e]
+        keys[kind] = ((angle + 2.0).view(np.int64) & -(1 << _EVENT_BITS)) | event
+    sorted_keys = np.sort(keys, axis=None)
+    events = sorted_keys & ((1 << _EVENT_BITS) - 1)
+    angles = (sorted_keys & -(1 << _EVENT_BITS)).view(np.float64) - 2.0  # [e]
 
-    words = _EVENT_WORDS[events]  # [p, e, 4]
-    np.cumsum(words, axis=1, out=words)
-    # Interval e lies between events e and e + 1; that before the first event repeats the last, columns swapped.
-    width = np.diff(angles, axis=1, append=quarter / 2)
-    middle = angles + width / 2
+    # Interval e is between events e and e + 1; that before the first event is the last one, columns swapped.
+    words = np.cumsum(_EVENT_WORDS[events], axis=0)  # [e, 4]
+    width = np.diff(angles, append=quarter / 2)
     # Counts are taken where rounding cannot matter, in the widest interval, and all others follow from there.
-    every = np.arange(pairs)
-    widest = width.argmax(axis=1)
-    anchor = middle[every, widest][:, None]
-    cosine, sine = np.cos(anchor), np.sin(anchor)
-    at_anchor = np.stack([a * cosine - b * sine, a * sine + b * cosine], axis=1).reshape(2 * pairs, n)
-    start = _pack(_column_counts(at_anchor).reshape(pairs, 2 * LEVELS))
-    words += (start - words[every, widest])[:, None, :]
-    counters = words.view(np.int16)  # [p, e, 16]
-    squares = np.einsum("pec,pec->pe", counters, counters, dtype=np.int32)
+    widest = int(width.argmax())
+    words += _pack(_pair_counts(a, b, angles[widest] + width[widest] / 2).ravel()) - words[widest]
+    counters = words.view(np.int16)  # [e, 16]
+    squares = np.einsum("ec,ec->e", counters, counters, dtype=np.int32)
     squares[width < _LEAST_WIDTH] = np.iinfo(np.int32).max
 
-    best = squares.argmin(axis=1)
-    stay = (_column_counts(a) ** 2).sum(axis=1) + (_column_counts(b) ** 2).sum(axis=1)
-    gain = np.maximum(stay - squares[every, best], 0)
-    return np.where(gain > 0, middle[every, best], 0.0), gain
+    best = int(squares.argmin())
+    gain = int((_pair_counts(a, b, 0.0) ** 2).sum()) - int(squares[best])
+    return (float(angles[best] + width[best] / 2), gain) if gain > 0 else (0.0, 0)
+
+
+def _pair_counts(a: np.ndarray, b: np.ndarray, angle: float) -> Int64[np.ndarray, "2 8"]:
+    cosine, sine = np.cos(angle), np.sin(angle)
+    return _column_counts(np.stack([a * cosine - b * sine, a * sine + b * cosine]))
 
 
 def _pack(counters: Int64[np.ndarray, "*b 16"]) -> Int64[np.ndarray, "*b 4"]:
     """Sixteen 16-bit counters in four words. Changes of counters pack the same way, and add."""
-    shifts = np.int64(1) << np.arange(0, 64, 16)  # little-endian, as the view in best_angles reads them
+    shifts = np.int64(1) << np.arange(0, 64, 16)  # little-endian, as the view in _best_angle reads them
     return (counters.reshape(*counters.shape[:-1], 4, 4) * shifts).sum(axis=-1)
 
 

@@ -1,0 +1,65 @@
+"""Solvers: the statistics of a site -> a :class:`torq_jax.rotation.TwoLevelRotation`.
+
+Every method is one module with ``solve(statistics, *, seed, **options) -> Solution`` and one line here;
+nothing downstream knows a method by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torq_jax.errors import TorqError
+from torq_jax.solvers import hadamard, none, torq
+from torq_jax.solvers.micro import codebook_histogram, entropy_bits
+from torq_jax.solvers.solution import Solution
+from torq_jax.statistics import SiteStatistics
+
+_SOLVERS: dict[str, Callable[..., Solution]] = {
+    "none": none.solve,
+    "hadamard": hadamard.solve,
+    "torq": torq.solve,
+}
+
+METHODS: tuple[str, ...] = tuple(_SOLVERS)
+"""Names that :func:`solve` knows."""
+
+__all__ = ["METHODS", "Solution", "codebook_histogram", "entropy_bits", "method_options", "solve"]
+
+
+def method_options(method: str) -> dict[str, Any]:
+    """The options of a method with their defaults, ``seed`` apart.
+
+    Raises:
+      TorqError: an unknown method.
+    """
+    if method not in _SOLVERS:
+        raise TorqError(f"unknown method {method!r}: must be one of {', '.join(METHODS)}")
+    parameters = inspect.signature(_SOLVERS[method]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "seed"}
+
+
+def solve(method: str, statistics: SiteStatistics, *, seed: int = 0, **options: Any) -> Solution:
+    """Solve a site.
+
+    Args:
+      method: one of :data:`METHODS`.
+      statistics: of the activations that enter the site.
+      seed: of everything random; the same seed gives the same rotation.
+      **options: the method's own, see :func:`method_options`.
+
+    Returns:
+      A rotation with float64 numpy leaves, and a report.
+
+    Raises:
+      TorqError: an unknown method or option, or what the method itself refuses.
+    """
+    known = method_options(method)
+    for option in options:
+        if option not in known:
+            raise TorqError(
+                f"method {method!r} has no option {option!r}: "
+                + (f"its options are {', '.join(known)}" if known else "it takes none but seed")
+            )
+    return _SOLVERS[method](statistics, seed=seed, **options)
