@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -56,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="directory to write (default: the model's name and -METHOD-mxfp4)")
     p.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
     p.add_argument("--method", default="torq", choices=solvers.METHODS, help="what finds the rotations")
+    p.add_argument(
+        "--option", action="append", metavar="NAME=VALUE", help="an option of the method, e.g. form=per_position"
+    )
     p.add_argument("--weights", default="mxfp4", choices=("mxfp4", "bf16"))
     p.add_argument("--activations", default="mxfp4", choices=("mxfp4", "bf16"))
     p.add_argument("--weight-scale", default="mse", choices=SCALE_RULES, help="scale rule for weights")
@@ -113,6 +117,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         activation_scale=options.activation_scale,
         seed=options.seed,
         pad=options.pad,
+        options=tuple(_option(text) for text in options.option or ()),
         compare=_split(options.compare),
         modes=modes,
     )
@@ -196,6 +201,17 @@ def _samples(out: Path, options: argparse.Namespace, console: Console) -> list[d
         pieces = generate.stream_text(model, tokenizer, text, special_tokens=not chat, max_tokens=64)
         written.append({"prompt": prompt, "text": "".join(pieces), "model": str(out)})
     return written
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """``name=value`` with the value read as JSON where it is JSON, as text otherwise."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConversionError(f"--option {text!r}: must be NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def _split(value: str) -> tuple[str, ...]:

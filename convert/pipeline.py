@@ -57,6 +57,8 @@ class Settings:
     activation_scale: str = "even"
     seed: int = 0
     pad: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+    """Options of the chosen method, by name."""
     compare: tuple[str, ...] = ("none",)
     """Methods evaluated beside the chosen one."""
     modes: tuple[str, ...] = ()
@@ -173,6 +175,13 @@ def check(config: DecoderConfig, settings: Settings) -> None:
     for method in (settings.method, *settings.compare):
         if method not in solvers.METHODS:
             raise ConversionError(f"unknown method {method!r}: must be one of {', '.join(solvers.METHODS)}")
+    known = solvers.method_options(settings.method)
+    for name, _ in settings.options:
+        if name not in known:
+            raise ConversionError(
+                f"method {settings.method!r} has no option {name!r}: "
+                + (f"must be one of {', '.join(known)}" if known else "it takes none")
+            )
     for rule in (settings.weight_scale, settings.activation_scale):
         if rule not in mxfp4.SCALE_RULES:
             raise ConversionError(f"unknown scale rule {rule!r}: must be one of {', '.join(mxfp4.SCALE_RULES)}")
@@ -330,7 +339,12 @@ class _Run:
     def solve(self, method: str, site: str, gathered: SiteStatistics, weights: Mapping[str, Any]) -> SolvedSite:
         """The site's rotation as it will be stored, and its weights folded with that."""
         start = time.monotonic()
-        solution = solvers.solve(method, gathered, seed=self.settings.seed)
+        options: dict[str, Any] = {}
+        if "rule" in solvers.method_options(method):
+            options["rule"] = self.settings.activation_scale  # solved for the cast that will run
+        if method == self.settings.method:
+            options |= dict(self.settings.options)
+        solution = solvers.solve(method, gathered, seed=self.settings.seed, **options)
         seconds = time.monotonic() - start
         self.solver_seconds[method] = self.solver_seconds.get(method, 0.0) + seconds
         transform: TwoLevelRotation | None = solution.rotation

@@ -16,8 +16,10 @@ from torq_jax.errors import ConversionError, TorqError
 from torq_jax.matmul import matmul
 from torq_jax.mxfp4 import SCALE_RULES, MXFP4Array, dequantize, quantize, quantize_dequantize
 from torq_jax.rotation import TwoLevelRotation, fold, identity, inverse, materialize, rotate
+from torq_jax.solvers import METHODS, fit
 
 __all__ = [
+    "METHODS",
     "SCALE_RULES",
     "ConversionError",
     "Loaded",
@@ -25,6 +27,7 @@ __all__ = [
     "TorqError",
     "TwoLevelRotation",
     "dequantize",
+    "fit",
     "fold",
     "identity",
     "inverse",

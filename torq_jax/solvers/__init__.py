@@ -10,7 +10,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from torq_jax import statistics as site_statistics
 from torq_jax.errors import TorqError
+from torq_jax.rotation import TwoLevelRotation
 from torq_jax.solvers import hadamard, none, torq
 from torq_jax.solvers.micro import codebook_histogram, entropy_bits
 from torq_jax.solvers.solution import Solution
@@ -25,7 +31,46 @@ _SOLVERS: dict[str, Callable[..., Solution]] = {
 METHODS: tuple[str, ...] = tuple(_SOLVERS)
 """Names that :func:`solve` knows."""
 
-__all__ = ["METHODS", "Solution", "codebook_histogram", "entropy_bits", "method_options", "solve"]
+_WITHOUT_MOMENTS = frozenset({"none", "hadamard"})
+
+__all__ = [
+    "METHODS",
+    "Solution",
+    "codebook_histogram",
+    "entropy_bits",
+    "fit",
+    "method_options",
+    "needs_moments",
+    "solve",
+]
+
+
+def fit(
+    x: Float[Array, "tokens features"], method: str = "torq", *, seed: int = 0, dtype: Any = jnp.bfloat16, **options: Any
+) -> TwoLevelRotation:
+    """The rotation that ``method`` finds for activations ``x``, ready for ``fold``, ``rotate`` and ``matmul``.
+
+    Args:
+      x: a sample of the activations that will be quantised, any float dtype.
+      method: one of :data:`METHODS`.
+      seed: of everything random.
+      dtype: of the matrices; fold weights with the rotation as returned, and the float product stays exact.
+      **options: the method's own, see :func:`method_options`.
+
+    Returns:
+      A rotation of ``features`` rounded up to a multiple of 32.
+
+    Raises:
+      TorqError: as :func:`solve`, or activations that are no matrix or not finite.
+    """
+    gathered = site_statistics.gather(x, moments=needs_moments(method))
+    solution = solve(method, gathered, seed=seed, **options)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), solution.rotation)
+
+
+def needs_moments(method: str) -> bool:
+    """Whether ``method`` looks at the second moments, which cost time to gather."""
+    return method not in _WITHOUT_MOMENTS
 
 
 def method_options(method: str) -> dict[str, Any]:
