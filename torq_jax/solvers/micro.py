@@ -145,7 +145,7 @@ def align(
     Raises:
       TorqError: blocks of another size, non-finite values, more than 32767 blocks, or an unsupported rule.
     """
-    _check_blocks(x)
+    _check_blocks(x, least=0)
     x = np.asarray(x, np.float64)
     if not np.isfinite(x).all():
         raise TorqError("samples hold a NaN or an infinity: calibrate again with finite activations")
@@ -200,6 +200,8 @@ def pick_pairs(
 ) -> Int64[np.ndarray, "p 2"]:
     """Disjoint pairs of columns from the most imbalanced half, greedily by score.
 
+    When all pairs of that half are exhausted, pairs of all columns are candidates.
+
     The score is ``h_k + h_l + lambda c_kl`` with ``h_k = sum_j (p[k, j] - 1/8)^2`` and ``c_kl`` the negative
     cosine of the columns' deviations ``p - 1/8``: columns whose histograms complement each other gain most
     from a mix.
@@ -215,7 +217,10 @@ def pick_pairs(
     norm = np.sqrt(np.maximum(imbalance, 1e-30))
     opposition = -(deviation @ deviation.T) / (norm[:, None] * norm)
     score = imbalance[:, None] + imbalance + anticorrelation * opposition
-    candidates = [(k, m) for k, m in itertools.combinations(half, 2) if not exhausted[k, m]]
+    for pool in (half, range(len(counts))):
+        candidates = [(k, m) for k, m in itertools.combinations(pool, 2) if not exhausted[k, m]]
+        if candidates:
+            break
     candidates.sort(key=lambda pair: -score[pair])
     used: set[int] = set()
     pairs = []
@@ -344,6 +349,6 @@ def _column_counts(scaled: Float64[np.ndarray, "k n"]) -> Int64[np.ndarray, "k 8
     return above[:, :-1] - above[:, 1:]
 
 
-def _check_blocks(x: np.ndarray) -> None:
-    if np.ndim(x) != 2 or np.shape(x)[1] != POSITIONS or not len(x):
-        raise TorqError(f"blocks have shape {np.shape(x)}: must be [n, {POSITIONS}] with one block at least")
+def _check_blocks(x: np.ndarray, least: int = 1) -> None:
+    if np.ndim(x) != 2 or np.shape(x)[1] != POSITIONS or len(x) < least:
+        raise TorqError(f"blocks have shape {np.shape(x)}: must be [n, {POSITIONS}] with n at least {least}")
