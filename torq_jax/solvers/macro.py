@@ -56,7 +56,7 @@ def equalise(moment: Float64[np.ndarray, "*batch n n"]) -> Equalised:
         raise TorqError("moment holds a NaN or an infinity: calibrate again with finite activations")
     n = moment.shape[-1]
     s = moment.reshape(-1, n, n)
-    # Rotations do not depend on units; near one, squares neither overflow nor vanish. Powers of two are exact.
+    # Rotations do not depend on units; near one, squares neither overflow nor vanish. 2^n is exact.
     s = np.ldexp(s, -np.frexp(np.abs(s).max(axis=(1, 2), keepdims=True))[1])  # [m, n, n], a copy
     rotation = np.broadcast_to(np.eye(n), s.shape).copy()  # transposed: rows are the columns of Q
     count = np.zeros(len(s), np.int64)
