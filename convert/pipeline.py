@@ -440,7 +440,7 @@ class _Run:
                 "output_sqnr_a4_db": _sqnr(exact, a4),
                 "fold_error": fold_error,
                 "online_multiply_adds": 0 if cost is None else int(cost.multiply_adds),
-                "online_bytes": 0 if cost is None else int(cost.bytes),
+                "online_bytes": 0 if cost is None else int(cost.bytes_read),
                 "orthogonality_error": float(error),
                 "solver_seconds": solved.seconds,
                 "solver": solved.report,
