@@ -584,14 +584,18 @@ def _dequantize(name: str, info: TensorInfo, raw: np.ndarray) -> np.ndarray:
     import gguf
 
     kind = gguf.GGMLQuantizationType[info.dtype]
+    array = np.empty(info.shape, np.float32)
+    rows, raw_rows = array.reshape(-1, info.shape[-1]), raw.reshape(math.prod(info.shape[:-1]), -1)
+    step = max(1, (1 << 24) // info.shape[-1])  # the package's working memory is a multiple of its input
     try:
-        array = gguf.dequantize(raw.reshape(*info.shape[:-1], -1), kind)
+        for start in range(0, len(rows), step):
+            rows[start : start + step] = gguf.dequantize(raw_rows[start : start + step], kind)
     except NotImplementedError as error:
         raise ConversionError(
             f"{info.file}: {name} is of type {info.dtype}, which the gguf package cannot decode: use a "
             "file of another quantisation (Q8_0, F16)"
         ) from error
-    return array.astype(np.float32, copy=False).reshape(info.shape)
+    return array
 
 
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:

@@ -384,7 +384,7 @@ def rotary_order(weight, heads):
 
 
 def write_gguf(
-    file, golden, *, architecture=None, kind=None, drop=(), spoil=None, extra=None, rope_freqs=None
+    file, golden, *, architecture=None, kind=None, drop=(), spoil=None, extra=None, rope_freqs=None, add=None
 ):
     """A golden model as a GGUF file, by gguf's own writer and with llama.cpp's conventions."""
     source = open_source(str(GOLDENS / golden))
@@ -404,6 +404,8 @@ def write_gguf(
     writer.add_eos_token_id(1)
     for key, value in (extra or {}).items():
         writer.add_uint32(key, value) if isinstance(value, int) else writer.add_string(key, value)
+    if add is not None:
+        add(writer)
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", rope_freqs.astype(np.float32))
     for name in source.tensors:
@@ -513,6 +515,52 @@ def test_truncated_gguf(tmp_path, keep):
     write_gguf(file, "llama3")
     file.write_bytes(file.read_bytes()[:keep])
     fails("tiny.gguf: .*fetch", file)
+
+
+def test_gguf_type_that_cannot_be_decoded(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "tiny.gguf", "llama3", kind=gguf.GGMLQuantizationType.Q8_0)
+    source = open_source(str(tmp_path / "tiny.gguf"))
+
+    def dequantize(data, kind):
+        raise NotImplementedError(kind)
+
+    monkeypatch.setattr(gguf, "dequantize", dequantize)
+    with pytest.raises(
+        ConversionError, match=r"lm_head.weight is of type Q8_0, which the gguf package cannot"
+    ):
+        source.read("lm_head.weight")
+
+
+def test_gguf_tokenizer_agrees_with_the_directory_s(tmp_path):
+    original = open_source(str(GOLDENS / "llama3"))
+    data = json.loads((GOLDENS / "llama3" / "tokenizer.json").read_text())
+    vocabulary = sorted(data["model"]["vocab"], key=data["model"]["vocab"].get)
+
+    def add_tokenizer(writer):
+        control = {token["content"] for token in data["added_tokens"]}
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(vocabulary)
+        writer.add_token_types([3 if token in control else 1 for token in vocabulary])
+        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]])
+        writer.add_chat_template(original.load_tokenizer().chat_template)
+
+    divisors = llama3_divisors(500000.0, 16, original.config.rope_scaling)
+    write_gguf(tmp_path / "tiny.gguf", "llama3", rope_freqs=divisors, add=add_tokenizer)
+    ours, theirs = open_source(str(tmp_path / "tiny.gguf")).load_tokenizer(), original.load_tokenizer()
+    assert (len(ours), ours.bos_token_id, ours.eos_token_id) == (len(theirs), 0, 1)
+    for text in (
+        "The block.",
+        "  two  spaces\n\nlines\t",
+        "naïve – ₂ 日本 🙂",
+        "<|user|>hi<|end_of_text|>",
+        "a1b22",
+    ):
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert ours(text, add_special_tokens=False).input_ids == ids
+        assert ours.decode(ids) == theirs.decode(ids)
+    chat = [{"role": "user", "content": "hello"}]
+    assert ours.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
 
 
 def test_gguf_without_a_tokenizer(tmp_path):
