@@ -85,7 +85,7 @@ def close(a, b, tolerance=TOLERANCE):
     assert np.linalg.norm(a - b) <= tolerance * max(np.linalg.norm(b), 1e-30)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(forms)
 def test_algebra(form):
     inter, intra, (blocks, group), orthogonal, seed = form
