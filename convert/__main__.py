@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -121,13 +122,16 @@ def run(options: argparse.Namespace, console: Console) -> None:
         compare=_split(options.compare),
         modes=modes,
     )
-    spec = str(sources.fetch_demo()) if options.demo else options.hf
-    source = sources.open_source(spec, revision=options.revision)
+    say = functools.partial(console.print, markup=False, highlight=False)
+    spec = str(sources.fetch_demo(progress=say)) if options.demo else options.hf
+    source = sources.open_source(spec, revision=options.revision, progress=say)
     out = options.out or Path(default_name(source.name, options.method))
     pipeline.check(source.config, settings)
     checkpoint.check_target(out, overwrite=options.overwrite)  # before the minutes that follow, not after
 
-    tokenizer = source.load_tokenizer()
+    # Random tokens need no tokenizer, so a checkpoint of shapes alone can be converted.
+    optional = options.calibration == "random" and not source.has_tokenizer
+    tokenizer = None if optional else source.load_tokenizer()
     calibrated = calibration.load(
         options.calibration,
         tokenizer,
@@ -136,13 +140,11 @@ def run(options: argparse.Namespace, console: Console) -> None:
         sequence_length=options.sequence_length,
         seed=options.seed,
     )
-    evaluation = _evaluation(options, tokenizer)
+    evaluation = _evaluation(options, tokenizer, source.config.vocab_size)
     sequences, length = calibrated.tokens.shape
-    console.print(
+    say(
         f"{source.name}: {source.config.num_layers} layers, {source.config.linear_parameters() / 1e6:.0f} M linear "
-        f"weights; method {settings.method}, calibrated on {sequences} x {length} tokens of {calibrated.source}",
-        markup=False,
-        highlight=False,
+        f"weights; method {settings.method}, calibrated on {sequences} x {length} tokens of {calibrated.source}"
     )
     with progress(source.config.num_layers, source.name, quiet=options.quiet) as shown:
         result = pipeline.convert(
@@ -150,18 +152,17 @@ def run(options: argparse.Namespace, console: Console) -> None:
             out,
             settings,
             calibrated,
+            tokenizer=tokenizer,
             evaluation=evaluation,
             overwrite=options.overwrite,
             progress=shown,
         )
-    result["samples"] = _samples(out, options, console)
+    result["samples"] = _samples(out, options)
     report.write_report(result, out)
     report.print_report(result, console)
-    console.print(
+    say(
         f"\ncheckpoint  {out}\nreport      {out / 'report.html'}\n"
-        f'try         python -m torq_jax.generate {out} --prompt "..."',
-        markup=False,
-        highlight=False,
+        f'try         python -m torq_jax.generate {out} --prompt "..."'
     )
 
 
@@ -171,7 +172,7 @@ def default_name(name: str, method: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{stem}-{method}-mxfp4")
 
 
-def _evaluation(options: argparse.Namespace, tokenizer: Any) -> pipeline.Evaluation | None:
+def _evaluation(options: argparse.Namespace, tokenizer: Any, vocab_size: int) -> pipeline.Evaluation | None:
     path = options.evaluate or (data.path(data.EVALUATION) if options.demo else None)
     if path is None:
         return None
@@ -179,6 +180,11 @@ def _evaluation(options: argparse.Namespace, tokenizer: Any) -> pipeline.Evaluat
         raise ConversionError("the source has no tokenizer, so --evaluate has no tokens to score")
     text, digest = evaluate.read_text(path, options.joined)
     tokens = evaluate.cut(evaluate.tokenize(tokenizer, text), options.window, options.windows)
+    if int(tokens.max()) >= vocab_size:
+        raise ConversionError(
+            f"{path}: token {int(tokens.max())} is outside the vocabulary of {vocab_size}: the tokenizer is not "
+            "this model's"
+        )
     count, window = tokens.shape
     protocol = evaluate.Protocol(
         Path(path).name, digest, options.joined, window, count, False, count * (window - 1)
@@ -186,7 +192,7 @@ def _evaluation(options: argparse.Namespace, tokenizer: Any) -> pipeline.Evaluat
     return pipeline.Evaluation(tokens, protocol)
 
 
-def _samples(out: Path, options: argparse.Namespace, console: Console) -> list[dict[str, str]]:
+def _samples(out: Path, options: argparse.Namespace) -> list[dict[str, str]]:
     """What the checkpoint, loaded as a user would, writes after each prompt."""
     prompts = options.prompt or (DEMO_PROMPTS if options.demo else ())
     if not prompts:

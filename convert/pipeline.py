@@ -123,6 +123,7 @@ def convert(
     settings: Settings,
     calibration: Calibration,
     *,
+    tokenizer: Any = None,
     evaluation: Evaluation | None = None,
     overwrite: bool = False,
     progress: LayerProgress,
@@ -148,7 +149,6 @@ def convert(
         progress.stage("writing")
         with run.timed("writing"):
             writer.outer(run.stored_outer())
-            tokenizer = source.load_tokenizer()
             if tokenizer is not None:
                 tokenizer.save_pretrained(writer.directory / "tokenizer")
         progress.stage("perplexity")
@@ -167,7 +167,10 @@ def convert(
                 "versions": versions(),
             }
         )
-    return run.report(rows, out)
+    report = run.report(rows, out)
+    if tokenizer is None:
+        report["warnings"].append("the source has no tokenizer: the checkpoint generates from token ids only")
+    return report
 
 
 def check(config: DecoderConfig, settings: Settings) -> None:

@@ -109,7 +109,7 @@ class Source:
         if self.kind == "gguf":
             return gguf_tokenizer.build(self.metadata, str(self.location))
         remedy = "copy the tokenizer's files beside the weights, or use --calibration random"
-        if not any((self.location / name).is_file() for name in _TOKENIZERS):
+        if not self.has_tokenizer:
             raise ConversionError(f"{self.location}: there is no tokenizer (tokenizer.json): {remedy}")
         from transformers import AutoTokenizer  # seconds to import, and not every conversion tokenises
 
@@ -121,6 +121,13 @@ class Source:
             raise ConversionError(
                 f"{self.location}: the tokenizer cannot be read ({error}): {remedy}"
             ) from error
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is anything that :meth:`load_tokenizer` could read."""
+        if self.kind == "gguf":
+            return "tokenizer.ggml.tokens" in self.metadata
+        return any((self.location / name).is_file() for name in _TOKENIZERS)
 
     def tokenizer_files(self) -> tuple[Path, ...]:
         """The tokenizer's files; none for a GGUF file, which holds its tokenizer inside."""

@@ -1,0 +1,1 @@
+"""Kernels on plain arrays: codes, scales, matrices. Knows no pytree, no model and no file."""
