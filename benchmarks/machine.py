@@ -13,7 +13,11 @@ def describe() -> dict[str, object]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         cpu = names[0] if names else cpu
     packages = ("torq-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "transformers")
     versions = {}

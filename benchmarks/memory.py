@@ -19,9 +19,9 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from benchmarks.machine import describe
 from safetensors.numpy import save_file
 
+from benchmarks.machine import describe
 from convert.names import expected_tensors
 from torq_jax.config import DecoderConfig
 
@@ -87,12 +87,16 @@ def convert(folder: Path, out: Path, samples: int, length: int, method: str) -> 
 
 def main() -> int:
     """Run, print the table, write the JSON; 1 when the limit is exceeded or memory grows with depth."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 6])
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--method", default="torq")
-    parser.add_argument("--folder", type=Path, help="where the checkpoints go (default: a temporary directory)")
+    parser.add_argument(
+        "--folder", type=Path, help="where the checkpoints go (default: a temporary directory)"
+    )
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "memory.json")
     options = parser.parse_args()
     rows = []
@@ -101,7 +105,13 @@ def main() -> int:
             source = Path(folder) / f"llama3-8b-{layers}-layers"
             print(f"writing a synthetic checkpoint of {layers} layers", flush=True)
             write_checkpoint(source, layers)
-            row = convert(source, Path(folder) / f"out-{layers}", options.samples, options.sequence_length, options.method)
+            row = convert(
+                source,
+                Path(folder) / f"out-{layers}",
+                options.samples,
+                options.sequence_length,
+                options.method,
+            )
             rows.append({"layers": layers, **row})
     print(f"{'layers':>6} {'seconds':>8} {'peak GiB':>9} {'checkpoint MiB':>15} {'bits/weight':>12}")
     for r in rows:
@@ -111,11 +121,23 @@ def main() -> int:
         )
     peaks = [r["peak_rss_gib"] for r in rows]
     passed = max(peaks) < LIMIT_GIB
-    print(f"limit {LIMIT_GIB} GiB: {'kept' if passed else 'EXCEEDED'}; growth {peaks[-1] - peaks[0]:+.3f} GiB")
+    print(
+        f"limit {LIMIT_GIB} GiB: {'kept' if passed else 'EXCEEDED'}; growth {peaks[-1] - peaks[0]:+.3f} GiB"
+    )
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     options.json.parent.mkdir(exist_ok=True)
-    settings = {"samples": options.samples, "sequence_length": options.sequence_length, "method": options.method}
-    result = {"machine": describe(), "settings": settings, "rows": rows, "limit_gib": LIMIT_GIB, "driver_gib": own}
+    settings = {
+        "samples": options.samples,
+        "sequence_length": options.sequence_length,
+        "method": options.method,
+    }
+    result = {
+        "machine": describe(),
+        "settings": settings,
+        "rows": rows,
+        "limit_gib": LIMIT_GIB,
+        "driver_gib": own,
+    }
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if passed else 1
 

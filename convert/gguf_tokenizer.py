@@ -80,7 +80,11 @@ def build(metadata: Mapping[str, Any], where: str) -> Any:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     tokenizer.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == _CONTROL]
+        [
+            AddedToken(t, special=True, normalized=False)
+            for t, k in zip(tokens, kinds, strict=True)
+            if k == _CONTROL
+        ]
     )
     tokenizer.add_tokens(
         [AddedToken(t, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == _USER_DEFINED]

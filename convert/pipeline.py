@@ -187,7 +187,9 @@ def check(config: DecoderConfig, settings: Settings) -> None:
             )
     for rule in (settings.weight_scale, settings.activation_scale):
         if rule not in mxfp4.SCALE_RULES:
-            raise ConversionError(f"unknown scale rule {rule!r}: must be one of {', '.join(mxfp4.SCALE_RULES)}")
+            raise ConversionError(
+                f"unknown scale rule {rule!r}: must be one of {', '.join(mxfp4.SCALE_RULES)}"
+            )
     for site in SITES:
         size = config.site_in_features(site)
         if size % mxfp4.BLOCK and not settings.pad:
@@ -205,7 +207,9 @@ def check(config: DecoderConfig, settings: Settings) -> None:
 
 def online_parts(form: SiteFormat) -> list[str]:
     """What a site runs on every token, for the manifest."""
-    parts = [f"{level} rotation {list(shape)}" for level in ("inter", "intra") if (shape := getattr(form, level))]
+    parts = [
+        f"{level} rotation {list(shape)}" for level in ("inter", "intra") if (shape := getattr(form, level))
+    ]
     if form.activation_scale is not None:
         parts.append(f"MXFP4 cast of the activation, scale rule {form.activation_scale}")
     return parts
@@ -215,7 +219,11 @@ def versions() -> dict[str, str]:
     """Versions of Python and of what shapes the numbers, and the machine's kind."""
     packages = ("torq-jax", "jax", "flax", "numpy", "transformers")
     found = {p: _version(p) for p in packages}
-    return found | {"python": platform.python_version(), "machine": platform.machine(), "backend": jax.default_backend()}
+    return found | {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "backend": jax.default_backend(),
+    }
 
 
 class _Run:
@@ -297,7 +305,9 @@ class _Run:
                             self.linear_bytes += self.config.num_layers * _weight_bytes(form, shard[site])
                 if method == self.settings.method:
                     with self.timed("diagnostics"):
-                        self.diagnose(index, site, solved, gathered[site], parameters[site], form, shard[site])
+                        self.diagnose(
+                            index, site, solved, gathered[site], parameters[site], form, shard[site]
+                        )
             if method == self.settings.method:
                 progress.stage("writing")
                 with self.timed("writing"):
@@ -339,7 +349,9 @@ class _Run:
 
     # -- sites ---------------------------------------------------------------------------------------------
 
-    def solve(self, method: str, site: str, gathered: SiteStatistics, weights: Mapping[str, Any]) -> SolvedSite:
+    def solve(
+        self, method: str, site: str, gathered: SiteStatistics, weights: Mapping[str, Any]
+    ) -> SolvedSite:
         """The site's rotation as it will be stored, and its weights folded with that."""
         start = time.monotonic()
         options: dict[str, Any] = {}
@@ -350,17 +362,17 @@ class _Run:
         solution = solvers.solve(method, gathered, seed=self.settings.seed, **options)
         seconds = time.monotonic() - start
         self.solver_seconds[method] = self.solver_seconds.get(method, 0.0) + seconds
-        transform: TwoLevelRotation | None = solution.rotation
-        if transform.inter is None and transform.intra is None:
-            transform = None
-        else:
-            transform = rotation.astype(transform, jnp.bfloat16)
+        found = solution.rotation
+        rotates = found.inter is not None or found.intra is not None
+        transform = rotation.astype(found, jnp.bfloat16) if rotates else None
         folded = {}
         for name in SITE_WEIGHTS[site]:
             weight = weights[name]
             missing = mxfp4.padded_size(weight.shape[1]) - weight.shape[1]
             weight = np.pad(weight, ((0, 0), (0, missing))) if missing else weight
-            folded[name] = weight if transform is None else rotation.fold_host(weight, transform, dtype=np.float32)
+            folded[name] = (
+                weight if transform is None else rotation.fold_host(weight, transform, dtype=np.float32)
+            )
         return SolvedSite(transform, folded, dict(solution.report), seconds)
 
     def site(
@@ -421,8 +433,10 @@ class _Run:
                 f"(relative), more than {FOLD_TOLERANCE:.0e}: the rotation is too badly conditioned to use"
             )
         before, after = _block_energy(x), _block_energy(rotated)
+        # Occupancy is counted for rules that follow from amax alone; mse would need the rounding itself.
+        rule = form.activation_scale if form.activation_scale in ("floor", "ceil") else "even"
         shares = {
-            k: solvers.codebook_histogram(np.asarray(v).reshape(-1, mxfp4.BLOCK), form.activation_scale or "even")
+            k: solvers.codebook_histogram(np.asarray(v).reshape(-1, mxfp4.BLOCK), rule)
             for k, v in (("before", x), ("after", rotated))
         }
         for k, v in shares.items():
@@ -528,7 +542,11 @@ class _Run:
                 "layers": config.num_layers,
                 "hidden_size": config.hidden_size,
             },
-            "settings": {**self.settings.to_json(), "calibration": self.calibration.to_json(), "versions": versions()},
+            "settings": {
+                **self.settings.to_json(),
+                "calibration": self.calibration.to_json(),
+                "versions": versions(),
+            },
             "evaluation": evaluation,
             "size": {
                 "original_bytes": parameters * itemsize,
@@ -579,7 +597,9 @@ def _run_tapped(graph: Any, config: DecoderConfig, parameters: Any, x: Any) -> A
 def _finite(x: Any, index: int) -> np.ndarray:
     x = np.asarray(x)
     if not np.isfinite(x).all():
-        raise ConversionError(f"activations became NaN or infinite in layer {index}: the checkpoint is unsound")
+        raise ConversionError(
+            f"activations became NaN or infinite in layer {index}: the checkpoint is unsound"
+        )
     return x
 
 

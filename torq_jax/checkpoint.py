@@ -113,7 +113,9 @@ def check_target(directory: str | os.PathLike[str], *, overwrite: bool = False) 
     if not target.exists():
         return
     if not overwrite:
-        raise ConversionError(f"output directory {target} exists: choose another with --out, or pass --overwrite")
+        raise ConversionError(
+            f"output directory {target} exists: choose another with --out, or pass --overwrite"
+        )
     if not (target / MANIFEST).is_file() and any(target.iterdir() if target.is_dir() else [target]):
         raise ConversionError(f"{target} is not a checkpoint of this project: --overwrite does not touch it")
 
@@ -138,9 +140,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
-def load(
-    directory: str | os.PathLike[str], *, dtype: Any = None, dequantize: bool | None = None
-) -> Loaded:
+def load(directory: str | os.PathLike[str], *, dtype: Any = None, dequantize: bool | None = None) -> Loaded:
     """Load a converted model and its tokenizer; the checkpoint itself says what it is.
 
     Args:
@@ -242,7 +242,9 @@ def _copy_into(stack: Any, layer: Any, index: int, directory: Path) -> None:
         if isinstance(value, Mapping):
             _copy_into(stack.get(name, {}), value, index, directory)
         elif name not in stack or stack[name].shape[1:] != value.shape:
-            raise TorqError(f"checkpoint {directory} is damaged: layer {index} differs from layer 0 at {name!r}")
+            raise TorqError(
+                f"checkpoint {directory} is damaged: layer {index} differs from layer 0 at {name!r}"
+            )
         else:
             stack[name][index] = value
 

@@ -192,7 +192,9 @@ def _number(config: Mapping[str, Any], key: str, where: str, default: float | No
 def _rope(config: Mapping[str, Any], positions: int, where: str) -> tuple[float, RopeScaling | None]:
     # transformers 5 writes one "rope_parameters"; transformers 4 wrote "rope_theta" and "rope_scaling".
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = _number({"rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0))}, "rope_theta", where)
+    theta = _number(
+        {"rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0))}, "rope_theta", where
+    )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None

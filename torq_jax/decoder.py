@@ -359,7 +359,11 @@ def _attend(q: Array, k: Array, v: Array, positions: Int32[Array, " t"]) -> Arra
     g = k.shape[2]
     grouped = q.reshape(b, t, g, h // g, d)
     scores = jnp.einsum(
-        "btgrd,bsgd->bgrts", grouped, k.astype(q.dtype), precision=precision(q.dtype), preferred_element_type=jnp.float32
+        "btgrd,bsgd->bgrts",
+        grouped,
+        k.astype(q.dtype),
+        precision=precision(q.dtype),
+        preferred_element_type=jnp.float32,
     )
     seen: Bool[Array, "t s"] = jnp.arange(k.shape[1])[None, :] <= positions[:, None]
     scores = jnp.where(seen, scores * (1.0 / np.sqrt(d)), -jnp.inf)

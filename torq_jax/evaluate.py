@@ -34,7 +34,7 @@ class Protocol:
     file: str
     sha256: str
     joined: str
-    """``"raw"``: the file as it is. ``"rows"``: its lines joined by two newlines, as papers do with WikiText."""
+    """``"raw"``: the file as it is. ``"rows"``: lines joined by two newlines, as papers do with WikiText."""
     window: int
     windows: int
     bos: bool

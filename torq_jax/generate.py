@@ -33,7 +33,9 @@ def generate_tokens(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[int]:
-    """Token ids that follow ``prompt``, as they are made; stops after an end-of-sequence token or ``max_tokens``.
+    """Token ids that follow ``prompt``, as they are made.
+
+    Stops after an end-of-sequence token or ``max_tokens``.
 
     Args:
       model: a decoder.
@@ -50,7 +52,9 @@ def generate_tokens(
     if not len(prompt):
         raise TorqError("the prompt has no tokens")
     if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
-        raise TorqError(f"the prompt has token {max(prompt)} outside the vocabulary of {model.config.vocab_size}")
+        raise TorqError(
+            f"the prompt has token {max(prompt)} outside the vocabulary of {model.config.vocab_size}"
+        )
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise TorqError(
             f"temperature {temperature} and top_k {top_k} must not be negative, top_p {top_p} in (0, 1]"
@@ -59,7 +63,13 @@ def generate_tokens(
 
 
 def _generate(
-    model: Decoder, prompt: Sequence[int], max_tokens: int, temperature: float, top_k: int, top_p: float, seed: int
+    model: Decoder,
+    prompt: Sequence[int],
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
 ) -> Iterator[int]:
     graph, state = nnx.split(model)
     length = _bucket(len(prompt))

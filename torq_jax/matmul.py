@@ -94,7 +94,7 @@ def prepare(
 def dot(
     x: Float[Array, "*batch features"], weight: Float[Array, "out features"] | MXFP4Array
 ) -> Float[Array, "*batch out"]:
-    """``x @ weight.T`` accumulated in float32; a packed weight is decoded to the dtype of ``x``, which is exact."""
+    """``x @ weight.T`` accumulated in float32; a packed weight is decoded to ``x``'s dtype, which is exact."""
     if isinstance(weight, MXFP4Array):
         weight = mxfp4.dequantize(weight, x.dtype)
     padding = x.shape[-1] - weight.shape[-1]

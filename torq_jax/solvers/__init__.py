@@ -46,9 +46,14 @@ __all__ = [
 
 
 def fit(
-    x: Float[Array, "tokens features"], method: str = "torq", *, seed: int = 0, dtype: Any = jnp.bfloat16, **options: Any
+    x: Float[Array, "tokens features"],
+    method: str = "torq",
+    *,
+    seed: int = 0,
+    dtype: Any = jnp.bfloat16,
+    **options: Any,
 ) -> TwoLevelRotation:
-    """The rotation that ``method`` finds for activations ``x``, ready for ``fold``, ``rotate`` and ``matmul``.
+    """The rotation that ``method`` finds for activations, ready for ``fold``, ``rotate`` and ``matmul``.
 
     Args:
       x: a sample of the activations that will be quantised, any float dtype.
@@ -63,6 +68,7 @@ def fit(
     Raises:
       TorqError: as :func:`solve`, or activations that are no matrix or not finite.
     """
+    method_options(method)  # a misspelt name is told before anything is gathered
     gathered = site_statistics.gather(x, moments=needs_moments(method))
     solution = solve(method, gathered, seed=seed, **options)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), solution.rotation)

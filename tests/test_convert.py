@@ -1,0 +1,344 @@
+"""The whole conversion, from a Hugging Face directory to a checkpoint that loads, on golden models."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import torq_jax
+from convert import pipeline
+from convert.__main__ import default_name, main
+from tests.test_decoder import GOLDENS, golden_model
+from torq_jax import data, evaluate, generate
+from torq_jax.checkpoint import directory_bytes, read_manifest
+from torq_jax.errors import TorqError
+
+SMALL = ["--calibration", "random", "--samples", "4", "--sequence-length", "16", "--compare", ""]
+
+
+def convert(name, out, *options):
+    return main(
+        ["--hf", str(name if os.path.isabs(name) else GOLDENS / name), "--out", str(out), *SMALL, *options]
+    )
+
+
+def error_of(capsys, *arguments):
+    """Run the command line; its exit status must be 1, and its message is returned on one line."""
+    assert main([str(a) for a in arguments]) == 1
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Some text that the tiny tokenizer knows, long enough for a few windows."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(data.path(data.EVALUATION).read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, text):
+    """A W4A4 checkpoint of the golden LLaMA with every row of the table."""
+    out = tmp_path_factory.mktemp("converted") / "model"
+    options = ["--evaluate", str(text), "--window", "64", "--windows", "4", "--modes", "w4a4,a4"]
+    assert convert("llama3", out, *options, "--compare", "none,hadamard", "--prompt", "the") == 0
+    return out
+
+
+def test_a_checkpoint_describes_itself(converted):
+    manifest = read_manifest(converted)
+    assert manifest["format"] == "torq-jax" and manifest["settings"]["method"] == "torq"
+    assert manifest["online"]["attn_in"] == [
+        "inter rotation [2, 2]",
+        "intra rotation [32, 32]",
+        "MXFP4 cast of the activation, scale rule even",
+    ]
+    assert manifest["calibration"]["source"] == "random tokens"
+    assert {p.name for p in converted.iterdir()} >= {
+        "layers",
+        "outer",
+        "tokenizer",
+        "report.json",
+        "report.html",
+    }
+
+
+def test_report_has_every_row_and_site(converted):
+    report = json.loads((converted / "report.json").read_text())
+    labels = [row["label"] for row in report["evaluation"]["rows"]]
+    expected = ["none W4A4", "hadamard W4A4", "none A4-only", "hadamard A4-only", "torq A4-only", "torq W4A4"]
+    assert labels == ["float", *expected]
+    assert len(report["sites"]) == 4 * report["model"]["layers"]
+    for site in report["sites"]:
+        # Folding in float32 through two rotations of float32 sums: far below the format's own error.
+        assert site["fold_error"] < 1e-5
+        assert 8 < site["activation_sqnr_db"] < 30
+    assert report["size"]["bits_per_weight"] == 4.25
+    assert report["samples"][0]["text"]
+
+
+def test_loaded_checkpoint_repeats_the_reported_perplexity(converted, text):
+    model, tokenizer, _ = torq_jax.load(converted)
+    rows = json.loads((converted / "report.json").read_text())["evaluation"]["rows"]
+    value, protocol = evaluate.perplexity(model, tokenizer, text, window=64, windows=4)
+    # The same weights layer by layer and in one scan; a rotated value on a rounding boundary may fall either way.
+    assert value == pytest.approx(rows[-1]["perplexity"], rel=2e-3)
+    assert protocol.tokens_scored == 4 * 63
+
+
+def test_float_row_is_hugging_face_s_model(converted, text):
+    model, tokenizer = golden_model("llama3"), torq_jax.load(converted).tokenizer
+    value, _ = evaluate.perplexity(model, tokenizer, text, window=64, windows=4)
+    rows = json.loads((converted / "report.json").read_text())["evaluation"]["rows"]
+    assert rows[0]["perplexity"] == pytest.approx(value, rel=1e-5)
+
+
+def test_packed_and_decoded_weights_give_the_same_logits(converted):
+    tokens = jnp.arange(24)[None]
+    packed, decoded = (torq_jax.load(converted, dequantize=d).model for d in (False, True))
+    a, b = packed(tokens)[0], decoded(tokens)[0]
+    # Same values, same operations; fused differently, sums differ in the last places, and with A4 a value on a
+    # boundary may round the other way: most logits agree to float32, all agree to a rounding step.
+    assert np.median(np.abs(a - b)) < 1e-4 * float(jnp.abs(a).max())
+    assert packed.layers.attn_in.q_codes[...].dtype == jnp.uint8
+
+
+@pytest.mark.parametrize("name", ["llama3-tied", "qwen3", "qwen3-tied"])
+@pytest.mark.parametrize("method", ["none", "hadamard", "torq"])
+def test_every_family_converts(name, method, tmp_path):
+    out = tmp_path / "out"
+    assert convert(name, out, "--method", method, "--weights", "bf16", "--activations", "bf16") == 0
+    ours = torq_jax.load(out).model(jnp.asarray(np.load(GOLDENS / name / "golden.npz")["tokens"]))[0]
+    exact = np.load(GOLDENS / name / "golden.npz")["logits"]
+    # Nothing is rounded to MXFP4, but folded weights are stored in the source's 8 or 11 bit floats: with tens
+    # of layers' products of relative error 2**-9 each, a percent of the logits' size.
+    assert np.sqrt(np.mean((ours - exact) ** 2)) < 0.02 * exact.std()
+
+
+def test_quantised_model_is_near_the_float_one(tmp_path):
+    out = tmp_path / "out"
+    assert convert("qwen3", out, "--method", "hadamard") == 0
+    golden = np.load(GOLDENS / "qwen3" / "golden.npz")
+    ours = torq_jax.load(out).model(jnp.asarray(golden["tokens"]))[0]
+    # Each W4A4 product has about 15 dB; random weights have no slack, so the logits keep some of their direction.
+    cosine = np.sum(ours * golden["logits"]) / np.linalg.norm(ours) / np.linalg.norm(golden["logits"])
+    assert 0.6 < cosine < 0.999
+
+
+def test_conversion_is_reproducible(tmp_path):
+    trees = []
+    for out in (tmp_path / "a", tmp_path / "b"):
+        assert convert("llama3", out) == 0
+        trees.append(torq_jax.checkpoint.restore(out / "layers" / "00001"))
+    a, b = (sorted(t["mlp_out"].items()) for t in trees)
+    for (name, x), (_, y) in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+def test_sizes_that_are_no_multiple_of_32(tmp_path, capsys):
+    source = tmp_path / "odd"
+    _edit_llama(source, intermediate=80)
+    arguments = ["--hf", source, "--out", tmp_path / "out", *SMALL]
+    assert (
+        "intermediate_size 80 is not a multiple of 32: pass --pad to fill the blocks of mlp_out up with zeros to 96"
+        in error_of(capsys, *arguments)
+    )
+    assert convert(str(source), tmp_path / "out", "--pad") == 0
+    model = torq_jax.load(tmp_path / "out").model
+    assert model.layers.mlp_out.rotation().features == 96
+    assert np.isfinite(model(jnp.zeros((1, 4), jnp.int32))[0]).all()
+    assert convert(str(source), tmp_path / "none", "--pad", "--method", "none") == 0
+    assert np.isfinite(torq_jax.load(tmp_path / "none").model(jnp.zeros((1, 4), jnp.int32))[0]).all()
+
+
+def _edit_llama(folder, *, intermediate=None, change=None):
+    """A copy of the golden LLaMA with another intermediate size, or with its tensors changed by a function."""
+    shutil.copytree(GOLDENS / "llama3", folder)
+    tensors = load_file(folder / "model.safetensors")
+    if intermediate:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": intermediate}))
+        for name, value in tensors.items():
+            if "gate" in name or "up_proj" in name:
+                tensors[name] = np.ascontiguousarray(value[:intermediate])
+            elif "down" in name:
+                tensors[name] = np.ascontiguousarray(value[:, :intermediate])
+    if change:
+        change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _poison(value):
+    def change(tensors):
+        weight = tensors["model.layers.1.mlp.up_proj.weight"].copy()
+        weight[3, 5] = value
+        tensors["model.layers.1.mlp.up_proj.weight"] = weight
+
+    return change
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_weights_leave_nothing_behind(tmp_path, capsys, value):
+    source, out = tmp_path / "bad", tmp_path / "out"
+    _edit_llama(source, change=_poison(value))
+    message = error_of(capsys, "--hf", source, "--out", out, *SMALL)
+    assert "model.safetensors" in message and "model.layers.1.mlp.up_proj.weight" in message
+    assert os.listdir(tmp_path) == ["bad"]
+
+
+def test_a_missing_tensor_and_a_misshapen_one(tmp_path, capsys):
+    _edit_llama(tmp_path / "missing", change=lambda t: t.pop("model.layers.0.self_attn.k_proj.weight"))
+    message = error_of(capsys, "--hf", tmp_path / "missing", "--out", tmp_path / "out", *SMALL)
+    assert "model.layers.0.self_attn.k_proj.weight" in message
+
+    def narrow(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].copy()
+
+    _edit_llama(tmp_path / "narrow", change=narrow)
+    message = error_of(capsys, "--hf", tmp_path / "narrow", "--out", tmp_path / "out", *SMALL)
+    assert "model.norm.weight" in message and "63" in message and "64" in message
+
+
+def test_an_output_directory_that_exists_is_kept(tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    arguments = ["--hf", GOLDENS / "llama3", "--out", out, *SMALL]
+    assert f"output directory {out} exists: choose another with --out" in error_of(capsys, *arguments)
+    assert "--overwrite does not touch it" in error_of(capsys, *arguments, "--overwrite")
+    assert (out / "thesis.tex").read_text() == "years of work"
+
+
+def test_overwrite_replaces_a_checkpoint(tmp_path):
+    out = tmp_path / "out"
+    assert convert("llama3", out, "--method", "none") == 0
+    assert convert("llama3", out, "--method", "hadamard", "--overwrite") == 0
+    assert read_manifest(out)["settings"]["method"] == "hadamard"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_too_little_calibration_text(tmp_path, capsys, text):
+    arguments = ["--hf", GOLDENS / "llama3", "--out", tmp_path / "out", "--calibration", text]
+    message = error_of(capsys, *arguments, "--samples", "128", "--sequence-length", "2048")
+    assert (
+        "text.txt has" in message and "but 128 are needed: give a longer text with --calibration" in message
+    )
+    message = error_of(capsys, *arguments[:4], "--calibration", "no-such-file", "--samples", "1")
+    assert (
+        "calibration text 'no-such-file' is neither a file nor one of bundled, wikitext2, c4, random"
+        in message
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_text_to_evaluate(tmp_path, capsys, text):
+    arguments = ["--hf", GOLDENS / "llama3", "--out", tmp_path / "out", *SMALL, "--evaluate", text]
+    message = error_of(capsys, *arguments, "--window", "4096", "--windows", "9")
+    assert "windows of 4096, but 9 are needed" in message
+
+
+def test_not_enough_room_is_known_before_anything_is_written(tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=3 << 20)
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: usage)
+    message = error_of(capsys, "--hf", GOLDENS / "llama3", "--out", tmp_path / "out", *SMALL)
+    assert "not enough room" in message and "3 MiB are free" in message and not os.listdir(tmp_path)
+
+
+def _convert_limited(tmp_path, limit):
+    """Convert in a process whose files may not grow past ``limit`` bytes, as on a disk that fills up."""
+    code = "import sys; from convert.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["--hf", str(GOLDENS / "llama3"), "--out", str(tmp_path / "out"), *SMALL, "--quiet"]
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+
+
+def test_a_write_that_fails_half_way_leaves_nothing_behind(tmp_path):
+    done = _convert_limited(tmp_path, 9000)
+    assert done.returncode == 1, done.stderr
+    assert "error: cannot write" in done.stderr and "Traceback" not in done.stderr
+    assert not os.listdir(tmp_path)
+
+
+def test_a_full_disk(tmp_path):
+    """On a real file system of two megabytes, where this process may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], capture_output=True
+    )
+    if mount.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        code = (
+            "import sys\nfrom convert import pipeline\nfrom convert.__main__ import main\n"
+            "pipeline._check_space = lambda *a: None\nsys.exit(main(sys.argv[1:]))"
+        )
+        arguments = ["--hf", str(GOLDENS / "llama3"), "--out", str(disk / "out"), *SMALL, "--quiet"]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+        )
+        assert done.returncode == 1, done.stderr
+        assert "error: cannot write" in done.stderr and "Traceback" not in done.stderr
+        assert not os.listdir(disk)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_damaged_checkpoint_says_where(converted, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(converted, copy)
+    shutil.rmtree(copy / "layers" / "00001")
+    with pytest.raises(TorqError, match="checkpoint is incomplete: .*00001 is missing"):
+        torq_jax.load(copy)
+    (copy / "torq.json").write_text('{"format": "torq-jax", "version": 99}')
+    with pytest.raises(TorqError, match="has version 99: this release reads version 1"):
+        torq_jax.load(copy)
+    with pytest.raises(TorqError, match="holds no checkpoint: torq.json is missing"):
+        torq_jax.load(tmp_path)
+
+
+def test_command_lines_of_the_checkpoint(converted, text, capsys):
+    assert generate.main([str(converted), "--prompt", "the", "--max-tokens", "4"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("the") and "[xla on cpu" in captured.err
+    assert evaluate.main([str(converted), "--text", str(text), "--window", "64", "--windows", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "perplexity" in printed and "2 windows of 64 tokens from its start, without BOS" in printed
+    assert evaluate.main([str(converted), "--text", "missing.txt"]) == 1
+    assert "text file missing.txt does not exist" in capsys.readouterr().err
+
+
+def test_sizes_are_those_of_the_files(converted):
+    size = json.loads((converted / "report.json").read_text())["size"]
+    assert size["checkpoint_bytes"] == directory_bytes(converted, "layers", "outer")
+
+
+def test_default_names():
+    assert default_name("meta-llama/Llama-3-8B", "torq") == "Llama-3-8B-torq-mxfp4"
+    assert (
+        default_name("SmolLM2-135M-Instruct.Q4_1.gguf", "hadamard")
+        == "SmolLM2-135M-Instruct.Q4_1-hadamard-mxfp4"
+    )
+
+
+def test_bfloat16_source_keeps_its_dtype(tmp_path):
+    assert convert("llama3-tied", tmp_path / "out") == 0
+    outer = torq_jax.checkpoint.restore(tmp_path / "out" / "outer")
+    assert outer["embed"].dtype == ml_dtypes.bfloat16 and "lm_head" not in outer
