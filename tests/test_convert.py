@@ -305,12 +305,12 @@ def test_a_damaged_checkpoint_says_where(converted, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(converted, copy)
     shutil.rmtree(copy / "layers" / "00001")
-    with pytest.raises(TorqError, match="checkpoint is incomplete: .*00001 is missing"):
+    with pytest.raises(TorqError, match=r"checkpoint is incomplete: .*00001 is missing"):
         torq_jax.load(copy)
     (copy / "torq.json").write_text('{"format": "torq-jax", "version": 99}')
     with pytest.raises(TorqError, match="has version 99: this release reads version 1"):
         torq_jax.load(copy)
-    with pytest.raises(TorqError, match="holds no checkpoint: torq.json is missing"):
+    with pytest.raises(TorqError, match=r"holds no checkpoint: torq\.json is missing"):
         torq_jax.load(tmp_path)
 
 
