@@ -30,7 +30,7 @@ from torq_jax.rotation import TwoLevelRotation
 Tap = Callable[[str, Array], None]
 """Called while tracing with a site's name and the activation ``[b, t, features]`` that enters it."""
 
-QUERY_CHUNK = 512
+QUERY_CHUNK = 256
 """Queries whose attention scores are held at a time; bounds memory at long windows."""
 
 
@@ -342,34 +342,36 @@ def attention(
 ) -> Float[Array, "b t h d"]:
     """Causal grouped-query attention; query i sits at position ``start + i``, key j at position j.
 
-    Scores are in float32. More than :data:`QUERY_CHUNK` queries are taken in turns.
+    Scores are in float32, those of :data:`QUERY_CHUNK` queries at a time. Where the queries are known to
+    start the sequence, a chunk skips the keys that lie after it.
     """
-    t = q.shape[1]
-    if t <= QUERY_CHUNK or t % QUERY_CHUNK:
-        return _attend(q, k, v, start + jnp.arange(t))
-    chunks = t // QUERY_CHUNK
-    by_chunk = jnp.moveaxis(q.reshape(q.shape[0], chunks, QUERY_CHUNK, *q.shape[2:]), 1, 0)
-    positions = start + jnp.arange(t).reshape(chunks, QUERY_CHUNK)
-    out = jax.lax.map(lambda chunk: _attend(chunk[0], k, v, chunk[1]), (by_chunk, positions))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+    t, s = q.shape[1], k.shape[1]
+    from_the_start = isinstance(start, int) and start == 0 and s == t
+    chunks = []
+    for first in range(0, t, QUERY_CHUNK):
+        last = min(first + QUERY_CHUNK, t)
+        seen = last if from_the_start else s
+        positions = start + jnp.arange(first, last)
+        chunks.append(_attend(q[:, first:last], k[:, :seen], v[:, :seen], positions))
+    return chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=1)
 
 
 def _attend(q: Array, k: Array, v: Array, positions: Int32[Array, " t"]) -> Array:
     b, t, h, d = q.shape
-    g = k.shape[2]
-    grouped = q.reshape(b, t, g, h // g, d)
-    scores = jnp.einsum(
-        "btgrd,bsgd->bgrts",
-        grouped,
-        k.astype(q.dtype),
-        precision=precision(q.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    seen: Bool[Array, "t s"] = jnp.arange(k.shape[1])[None, :] <= positions[:, None]
-    scores = jnp.where(seen, scores * (1.0 / np.sqrt(d)), -jnp.inf)
-    shares = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("bgrts,bsgd->btgrd", shares, v.astype(q.dtype), precision=precision(q.dtype))
-    return out.reshape(b, t, h, d)
+    g, r = k.shape[2], h // k.shape[2]
+    # The queries of all heads that share a key head form one matrix: [b, g, r t, d].
+    grouped = q.reshape(b, t, g, r, d).transpose(0, 2, 3, 1, 4).reshape(b, g, r * t, d)
+    k, v = k.astype(q.dtype).transpose(0, 2, 3, 1), v.astype(q.dtype).transpose(0, 2, 1, 3)
+    scores = jnp.matmul(grouped, k, precision=precision(q.dtype), preferred_element_type=jnp.float32)
+    seen: Bool[Array, "t s"] = jnp.arange(k.shape[-1])[None, :] <= positions[:, None]
+    scores = scores.reshape(b, g, r, t, -1) * (1.0 / np.sqrt(d))
+    scores = jnp.where(seen, scores, -jnp.inf)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    # Divided by their sum after the product with v, which is smaller.
+    total = jnp.sum(weights, axis=-1, keepdims=True).reshape(b, g, r * t, 1)
+    weights = weights.reshape(b, g, r * t, -1).astype(q.dtype)
+    out = jnp.matmul(weights, v, precision=precision(q.dtype), preferred_element_type=jnp.float32) / total
+    return out.astype(q.dtype).reshape(b, g, r, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
 
 
 def logits(
