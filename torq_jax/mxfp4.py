@@ -82,7 +82,7 @@ jax.tree_util.register_dataclass(MXFP4Array, data_fields=["codes", "scales"], me
 
 
 def quantize(
-    x: Float[Array, "..."], scale_rule: ScaleRule, *, axis: int = -1, pad: bool = False
+    x: Float[Array, ...], scale_rule: ScaleRule, *, axis: int = -1, pad: bool = False
 ) -> MXFP4Array:
     """Round ``x`` to MXFP4 in blocks of 32 along ``axis``.
 
@@ -115,15 +115,17 @@ def quantize(
     return _quantize(x, scale_rule, *_check(x, scale_rule, axis, pad))
 
 
-def dequantize(q: MXFP4Array, dtype: Any = jnp.float32) -> Float[Array, "..."]:
+def dequantize(q: MXFP4Array, dtype: Any = jnp.float32) -> Float[Array, ...]:
     """The values of a packed array, ``[q.shape]`` in ``dtype``.
 
     Exact in float32 and bfloat16, subnormal results included; a value beyond the dtype's range becomes an
     infinity. Other dtypes are rounded from float32.
 
     Raises:
-      TorqError: codes and scales whose shapes do not belong together.
+      TorqError: codes and scales whose shapes do not belong together, or a dtype that is no floating-point one.
     """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TorqError(f"cannot dequantise to {jnp.dtype(dtype)}: ask for a floating-point dtype")
     axis, size = q.axis, q.size
     codes, scales = q.codes.shape, q.scales.shape
     expected = list(codes)
@@ -137,8 +139,8 @@ def dequantize(q: MXFP4Array, dtype: Any = jnp.float32) -> Float[Array, "..."]:
 
 
 def quantize_dequantize(
-    x: Float[Array, "..."], scale_rule: ScaleRule, *, axis: int = -1, pad: bool = False
-) -> Float[Array, "..."]:
+    x: Float[Array, ...], scale_rule: ScaleRule, *, axis: int = -1, pad: bool = False
+) -> Float[Array, ...]:
     """``dequantize(quantize(x, ...), x.dtype)`` without packing: the values that MXFP4 can hold nearest to ``x``.
 
     Arguments and errors are those of :func:`quantize`; shape and dtype are those of ``x``.
@@ -148,12 +150,12 @@ def quantize_dequantize(
 
 def unpack(codes: UInt8[Array, "*b n"]) -> UInt8[Array, "*b 2*n"]:
     """Two codes a byte -> one code a byte, along the last axis, the low nibble first."""
-    return jnp.stack([codes & 0xF, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+    return jnp.stack([codes & 0xF, codes >> 4], axis=-1).reshape(*codes.shape[:-1], 2 * codes.shape[-1])
 
 
 def pack(codes: UInt8[Array, "*b n"]) -> UInt8[Array, "*b n/2"]:
     """Inverse of :func:`unpack`."""
-    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
+    pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
@@ -166,7 +168,7 @@ def _check(x: Array, scale_rule: str, axis: int, pad: bool) -> tuple[int, int]:
     """Validate the arguments of quantize; the axis from the end and its padded length."""
     if scale_rule not in SCALE_RULES:
         raise TorqError(f"unknown scale rule {scale_rule!r}: must be one of {', '.join(SCALE_RULES)}")
-    dtype = jnp.result_type(x)
+    dtype = np.dtype(getattr(x, "dtype", type(x)))  # not result_type, which calls numpy's float64 float32
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise TorqError(f"cannot quantise {dtype}: cast to float32, bfloat16 or float16 first")
     shape = jnp.shape(x)
@@ -193,9 +195,10 @@ def _quantize(x: Array, scale_rule: str, axis: int, padded: int) -> MXFP4Array:
 @functools.partial(jax.jit, static_argnums=(1,))
 def _dequantize(q: MXFP4Array, dtype: Any) -> Array:
     codes = unpack(jnp.moveaxis(q.codes, q.axis, -1))
-    codes = codes.reshape(*codes.shape[:-1], -1, BLOCK)  # [..., blocks, 32]
+    padded = codes.shape[-1]
+    codes = codes.reshape(*codes.shape[:-1], padded // BLOCK, BLOCK)  # [..., blocks, 32]
     values = _decode(codes, jnp.moveaxis(q.scales, q.axis, -1), dtype)
-    values = values.reshape(*values.shape[:-2], -1)[..., : q.size]
+    values = values.reshape(*values.shape[:-2], padded)[..., : q.size]
     return jnp.moveaxis(values, -1, q.axis)
 
 
@@ -215,12 +218,19 @@ def _blocks(x: Array, axis: int, padded: int) -> Array:
     return x.reshape(*x.shape[:-1], padded // BLOCK, BLOCK)
 
 
-def _float32_bits(x: Array) -> Int32[Array, "..."]:
+def _float32_bits(x: Array) -> Int32[Array, ...]:
     """Bit pattern of ``x`` as float32, exact for every dtype that is accepted."""
     if x.dtype == jnp.bfloat16:
         # By hand: a conversion may flush subnormals.
         return jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.int32) << 16
-    return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    if x.dtype == jnp.float16:
+        half = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.int32)
+        field, mantissa = (half >> 10) & 0x1F, half & 0x3FF
+        subnormal = mantissa.astype(jnp.float32) * np.float32(2.0**-24)  # normal in float32
+        normal = (jnp.where(field < 0x1F, field + 112, 0xFF) << _MANTISSA) | (mantissa << 13)
+        magnitude = jnp.where(field > 0, normal, jax.lax.bitcast_convert_type(subnormal, jnp.int32))
+        return magnitude | ((half >> 15) << 31)
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
 
 
 def _encode(blocks: Array, scale_rule: str) -> tuple[UInt8[Array, "... blocks 32"], UInt8[Array, "... blocks"]]:
@@ -241,8 +251,8 @@ def _encode(blocks: Array, scale_rule: str) -> tuple[UInt8[Array, "... blocks 32
     return codes, scales
 
 
-def _exponent(amax: Int32[Array, "..."], scale_rule: str) -> Int32[Array, "..."]:
-    """Shared exponent from the bits of amax, before clamping. Below float32's normal range every rule ends at the clamp."""
+def _exponent(amax: Int32[Array, ...], scale_rule: str) -> Int32[Array, ...]:
+    """Shared exponent from the bits of amax, before clamping; for a subnormal amax every rule ends at the clamp."""
     floor_log2 = (amax >> _MANTISSA) - 127
     mantissa = amax & ((1 << _MANTISSA) - 1)
     if scale_rule == "ceil":  # amax / 6 = mantissa / 1.5 * 2**(floor_log2 - 2)
@@ -263,7 +273,7 @@ def _round_to_codes(
     return codes
 
 
-def _scaled_bits(value: float, exponent: Int32[Array, "..."]) -> Int32[Array, "..."]:
+def _scaled_bits(value: float, exponent: Int32[Array, ...]) -> Int32[Array, ...]:
     """Float32 bits of ``value * 2**exponent`` (value > 0 with at most two mantissa bits), subnormals included."""
     bits = int(np.float32(value).view(np.int32))
     field, mantissa = (bits >> _MANTISSA) + exponent, bits & ((1 << _MANTISSA) - 1)

@@ -1,0 +1,109 @@
+"""What MXFP4 means, written a second time in numpy: float64 and exact integers, no bit tricks, no jax.
+
+Shares no code and no constants with ``torq_jax.mxfp4``: elements are rounded by ``ml_dtypes``, exponents
+come from ``np.frexp``, squared errors that are too close for float64 are compared as whole numbers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+RULES = ("floor", "ceil", "even", "mse")
+
+
+class Quantized(NamedTuple):
+    codes: np.ndarray  # [..., n] uint8, one code a byte
+    scales: np.ndarray  # [..., n / 32] uint8
+    values: np.ndarray  # [..., n] float64, what the codes and scales stand for
+
+
+def quantize(x: np.ndarray, rule: str) -> Quantized:
+    """Quantise ``x [..., n]`` (n a multiple of 32) in blocks along the last axis."""
+    with np.errstate(invalid="ignore"):  # a NaN in bfloat16
+        blocks = np.asarray(x).astype(np.float64).reshape(-1, 32)
+    poisoned = ~np.isfinite(blocks).all(axis=1)
+    blocks = np.where(poisoned[:, None], 0.0, blocks)
+    amax = np.abs(blocks).max(axis=1)
+    empty = amax == 0
+
+    exponents = np.maximum(_exponents(blocks, np.where(empty, 1.0, amax), rule), -127)
+    exponents[empty] = -127
+    elements = round_elements(np.ldexp(blocks, -exponents[:, None]))
+    values = np.ldexp(elements.astype(np.float64), exponents[:, None])
+    codes = elements.view(np.uint8).copy()
+    scales = (exponents + 127).astype(np.uint8)
+
+    codes[empty | poisoned] = 0
+    values[empty] = 0.0
+    scales[poisoned] = 255
+    values[poisoned] = np.nan
+    shape = np.shape(x)
+    return Quantized(
+        codes.reshape(shape), scales.reshape(*shape[:-1], shape[-1] // 32), values.reshape(shape)
+    )
+
+
+def round_elements(y: np.ndarray) -> np.ndarray:
+    """Nearest E2M1, ties to the even code, saturating at 6."""
+    return np.clip(y, -6.0, 6.0).astype(ml_dtypes.float4_e2m1fn)
+
+
+def pack(codes: np.ndarray) -> np.ndarray:
+    """Two codes a byte along the last axis, the first in the low nibble."""
+    low, high = codes[..., 0::2].astype(int), codes[..., 1::2].astype(int)
+    return (low + 16 * high).astype(np.uint8)
+
+
+def unpack(packed: np.ndarray) -> np.ndarray:
+    """Inverse of :func:`pack`."""
+    codes = np.empty((*packed.shape[:-1], 2 * packed.shape[-1]), np.uint8)
+    codes[..., 0::2], codes[..., 1::2] = packed % 16, packed // 16
+    return codes
+
+
+def decode(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Values in float64 of ``codes [..., n]`` under ``scales [..., n / 32]``, read by ml_dtypes."""
+    elements = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+    powers = scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
+    return elements * np.repeat(powers, 32, axis=-1)
+
+
+def _exponents(blocks: np.ndarray, amax: np.ndarray, rule: str) -> np.ndarray:
+    floor = _floor_log2(amax) - 2
+    if rule == "floor":
+        return floor
+    if rule == "ceil":  # the least e with amax <= 6 * 2**e; never floor - 1, as amax >= 4 * 2**floor
+        return np.where(amax <= np.ldexp(6.0, floor), floor, floor + 1)
+    if rule == "even":  # amax to one mantissa bit, ties to even, then floor
+        mantissa, exponent = np.frexp(amax)  # amax = mantissa 2**exponent, 1/2 <= mantissa < 1
+        return _floor_log2(np.ldexp(np.round(mantissa * 4) / 4, exponent)) - 2
+    if rule == "mse":
+        return _least_error(blocks, np.maximum(floor, -127))
+    raise ValueError(rule)
+
+
+def _floor_log2(x: np.ndarray) -> np.ndarray:
+    return np.frexp(x)[1].astype(np.int64) - 1
+
+
+def _least_error(blocks: np.ndarray, floor: np.ndarray) -> np.ndarray:
+    """floor, floor + 1 or floor - 1, in this order on ties, by the exact squared error."""
+    candidates = np.stack([floor, floor + 1, np.maximum(floor - 1, -127)])  # [3, n]
+    unit = np.ldexp(1.0, -floor)[:, None]  # errors in units of 2**floor, so that no square overflows
+    rounded = [
+        np.ldexp(round_elements(np.ldexp(blocks, -e[:, None])).astype(np.float64), e[:, None])
+        for e in candidates
+    ]
+    errors = np.stack([np.sum(np.square(r * unit - blocks * unit), axis=1) for r in rounded])
+    best = np.argmin(errors, axis=0)  # the first of equal ones
+    # float64's sum of 32 squares is good to about 32 * 2**-53 < 1e-14: closer calls are decided exactly.
+    close = np.sum(errors <= errors.min(axis=0) * (1 + 1e-13), axis=0) > 1
+    exactly_zero = errors.min(axis=0) == 0  # each term is exactly zero then, so the first zero is right
+    for i in np.flatnonzero(close & ~exactly_zero):
+        # Every float32 is a multiple of 2**-149, and these differences have few enough bits for float64.
+        exact = [sum(int(d) ** 2 for d in np.ldexp(r[i] - blocks[i], 149)) for r in rounded]
+        best[i] = exact.index(min(exact))
+    return np.take_along_axis(candidates, best[None], axis=0)[0]
