@@ -31,12 +31,16 @@ E2M1_VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 SCALE_NAN = 0xFF
 SCALE_BIAS = 127
 
-# A magnitude rounds to code j or above when it lies beyond the j-th of these; on the boundary itself a tie goes
-# to the even code, so boundaries below an odd code are exclusive and those below an even code inclusive.
-_BOUNDARIES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-
 _MANTISSA = 23
 _INF_BITS = 0xFF << _MANTISSA
+
+# Added to the bits of amax, these raise its exponent field by one exactly where the rule lies above floor.
+_CARRY = {
+    "floor": 0,
+    "ceil": (1 << (_MANTISSA - 1)) - 1,  # mantissa > 1.5
+    "even": 1 << (_MANTISSA - 2),  # mantissa >= 1.75
+    "mse": 0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +85,7 @@ class MXFP4Array:
 jax.tree_util.register_dataclass(MXFP4Array, data_fields=["codes", "scales"], meta_fields=["size", "axis"])
 
 
-def quantize(
-    x: Float[Array, ...], scale_rule: ScaleRule, *, axis: int = -1, pad: bool = False
-) -> MXFP4Array:
+def quantize(x: Float[Array, ...], scale_rule: ScaleRule, *, axis: int = -1, pad: bool = False) -> MXFP4Array:
     """Round ``x`` to MXFP4 in blocks of 32 along ``axis``.
 
     Elements are rounded to the nearest E2M1 value, ties to the even code, and saturate at 6 (specification
@@ -188,17 +190,16 @@ def _check(x: Array, scale_rule: str, axis: int, pad: bool) -> tuple[int, int]:
 def _quantize(x: Array, scale_rule: str, axis: int, padded: int) -> MXFP4Array:
     size = x.shape[axis]
     codes, scales = _encode(_blocks(x, axis, padded), scale_rule)
-    packed = pack(codes.reshape(*codes.shape[:-2], padded))
+    packed = pack(_in_blocks(codes).reshape(*codes.shape[:-2], padded))
     return MXFP4Array(jnp.moveaxis(packed, -1, axis), jnp.moveaxis(scales, -1, axis), size, axis)
 
 
 @functools.partial(jax.jit, static_argnums=(1,))
 def _dequantize(q: MXFP4Array, dtype: Any) -> Array:
-    codes = unpack(jnp.moveaxis(q.codes, q.axis, -1))
-    padded = codes.shape[-1]
-    codes = codes.reshape(*codes.shape[:-1], padded // BLOCK, BLOCK)  # [..., blocks, 32]
-    values = _decode(codes, jnp.moveaxis(q.scales, q.axis, -1), dtype)
-    values = values.reshape(*values.shape[:-2], padded)[..., : q.size]
+    codes = jnp.moveaxis(q.codes, q.axis, -1)
+    codes = unpack(codes.reshape(*codes.shape[:-1], codes.shape[-1] // (BLOCK // 2), BLOCK // 2))
+    values = _decode(codes, jnp.moveaxis(q.scales, q.axis, -1), dtype)  # [..., blocks, 32]
+    values = values.reshape(*values.shape[:-2], values.shape[-2] * BLOCK)[..., : q.size]
     return jnp.moveaxis(values, -1, q.axis)
 
 
@@ -206,7 +207,7 @@ def _dequantize(q: MXFP4Array, dtype: Any) -> Array:
 def _quantize_dequantize(x: Array, scale_rule: str, axis: int, padded: int) -> Array:
     size = x.shape[axis]
     codes, scales = _encode(_blocks(x, axis, padded), scale_rule)
-    values = _decode(codes, scales, x.dtype)
+    values = _in_blocks(_decode(codes, scales, x.dtype))
     return jnp.moveaxis(values.reshape(*values.shape[:-2], padded)[..., :size], -1, axis)
 
 
@@ -216,6 +217,15 @@ def _blocks(x: Array, axis: int, padded: int) -> Array:
     if padded != x.shape[-1]:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - x.shape[-1])])
     return x.reshape(*x.shape[:-1], padded // BLOCK, BLOCK)
+
+
+def _in_blocks(x: Array) -> Array:
+    """``x [..., blocks, 32]`` unchanged, computed in loops over blocks where that matters.
+
+    On a CPU, XLA otherwise merges the reshape that follows into the loop and works out each block's thresholds
+    anew for every element, which doubles the time. jax 0.10 drops the barrier too early for it to help.
+    """
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def _float32_bits(x: Array) -> Int32[Array, ...]:
@@ -233,14 +243,17 @@ def _float32_bits(x: Array) -> Int32[Array, ...]:
     return jax.lax.bitcast_convert_type(x, jnp.int32)
 
 
-def _encode(blocks: Array, scale_rule: str) -> tuple[UInt8[Array, "... blocks 32"], UInt8[Array, "... blocks"]]:
+def _encode(
+    blocks: Array, scale_rule: str
+) -> tuple[UInt8[Array, "... blocks 32"], UInt8[Array, "... blocks"]]:
     """Codes (one a byte) and scale codes of ``[..., blocks, 32]``."""
     bits = _float32_bits(blocks)
     magnitude = bits & 0x7FFFFFFF  # ordered as the magnitudes are
     sign = ((bits >> 28) & 8).astype(jnp.uint8)
     amax = jnp.max(magnitude, axis=-1)  # [..., blocks]
 
-    exponent = jnp.maximum(_exponent(amax, scale_rule), -SCALE_BIAS)
+    # A subnormal amax has exponent field 0, which every rule clamps.
+    exponent = jnp.maximum(((amax + _CARRY[scale_rule]) >> _MANTISSA) - 129, -SCALE_BIAS)
     if scale_rule == "mse":
         exponent = _least_error_exponent(magnitude, exponent)
     codes = _round_to_codes(magnitude, exponent)
@@ -251,36 +264,36 @@ def _encode(blocks: Array, scale_rule: str) -> tuple[UInt8[Array, "... blocks 32
     return codes, scales
 
 
-def _exponent(amax: Int32[Array, ...], scale_rule: str) -> Int32[Array, ...]:
-    """Shared exponent from the bits of amax, before clamping; for a subnormal amax every rule ends at the clamp."""
-    floor_log2 = (amax >> _MANTISSA) - 127
-    mantissa = amax & ((1 << _MANTISSA) - 1)
-    if scale_rule == "ceil":  # amax / 6 = mantissa / 1.5 * 2**(floor_log2 - 2)
-        return floor_log2 - 2 + (mantissa > (1 << 22)).astype(jnp.int32)
-    if scale_rule == "even":
-        return floor_log2 - 2 + (mantissa >= (3 << 21)).astype(jnp.int32)
-    return floor_log2 - 2
-
-
 def _round_to_codes(
     magnitude: Int32[Array, "... blocks 32"], exponent: Int32[Array, "... blocks"]
 ) -> Int32[Array, "... blocks 32"]:
-    """Codes 0 to 7 of magnitudes divided by ``2**exponent``: how many decision boundaries lie below each."""
-    codes = jnp.zeros(magnitude.shape, jnp.int32)
-    for code, boundary in enumerate(_BOUNDARIES, start=1):
-        bound = _scaled_bits(boundary, exponent) + code % 2  # exclusive below an odd code
-        codes += (magnitude >= bound[..., None]).astype(jnp.int32)
-    return codes
+    """Codes 0 to 7 of magnitudes divided by ``2**exponent``, ties to even."""
+    # 2**-127 is itself subnormal: double such a block, so that below all from 2**exponent up is normal. Adding
+    # a pattern to itself doubles a subnormal number, adding one to its exponent field a normal one.
+    doubling = jnp.where(exponent == -SCALE_BIAS, 1 << _MANTISSA, 0)[..., None]
+    magnitude = magnitude + jnp.minimum(magnitude, doubling)
+    exponent = jnp.maximum(exponent, 1 - SCALE_BIAS)
+
+    # From 1 up a code is the exponent field and the first mantissa bit, counted from 2 (code of 1.0): round the
+    # rest of the pattern away. This gives at most the right code for what is smaller.
+    drop = _MANTISSA - 1
+    even = (magnitude >> drop) & 1
+    rounded = (magnitude + ((1 << (drop - 1)) - 1) + even) >> drop
+    large = jnp.minimum(rounded - (2 * (exponent + 127) - 2)[..., None], 7)
+    # Below, the boundaries are 0.25 (a tie goes down to code 0) and 0.75 (up to code 2).
+    quarter, three_quarters = _scaled_bits(0.25, exponent), _scaled_bits(0.75, exponent)
+    small = (magnitude > quarter[..., None]).astype(jnp.int32) + (magnitude >= three_quarters[..., None])
+    return jnp.maximum(large, small)
 
 
 def _scaled_bits(value: float, exponent: Int32[Array, ...]) -> Int32[Array, ...]:
-    """Float32 bits of ``value * 2**exponent`` (value > 0 with at most two mantissa bits), subnormals included."""
+    """Float32 bits of ``value * 2**exponent`` for 1/4 <= value < 1 of at most two mantissa bits, exponent >= -126."""
     bits = int(np.float32(value).view(np.int32))
     field, mantissa = (bits >> _MANTISSA) + exponent, bits & ((1 << _MANTISSA) - 1)
-    normal = (field << _MANTISSA) | mantissa
-    # exponent >= -127 and value >= 0.25 keep the shift at 3 or less, so no set bit is lost.
-    subnormal = (mantissa | (1 << _MANTISSA)) >> jnp.clip(1 - field, 0, 31)
-    return jnp.where(field > 0, jnp.where(field < 0xFF, normal, _INF_BITS), subnormal)
+    subnormal = (mantissa | (1 << _MANTISSA)) >> jnp.clip(
+        1 - field, 0, 31
+    )  # by 2 at most: no set bit is lost
+    return jnp.where(field > 0, (field << _MANTISSA) | mantissa, subnormal)
 
 
 def _least_error_exponent(
@@ -288,46 +301,55 @@ def _least_error_exponent(
 ) -> Int32[Array, "... blocks"]:
     """Of ``floor``, ``floor + 1`` and ``floor - 1`` the exponent with the least squared rounding error.
 
-    The difference of two candidates' errors is ``sum (q1 - q0) (q1 + q0 - 2 y)``, which only elements large
-    enough to round differently enter; in fixed point it fits exactly in two int32 sums, so the choice is
-    the same on every machine.
+    The differences of the candidates' errors fit exactly in pairs of int32, so the choice is the same on every
+    machine.
     """
-    best = floor
-    best_q = _quarter_units(magnitude, floor, floor)
-    y = _fixed_point(magnitude, floor)
-    for step in (1, -1):
-        candidate = floor + step
-        q = _quarter_units(magnitude, candidate, floor)
-        better = _squared_error_falls(y, best_q, q) & (candidate >= -SCALE_BIAS)
-        best = jnp.where(better, candidate, best)
-        best_q = jnp.where(better[..., None], q, best_q)
-    return best
+    y = _in_blocks(_fixed_point(magnitude, floor))
+    q = _round_fixed_point(y, 0)
+    up = _error_change(y, q, _round_fixed_point(y, 1))
+    down = _error_change(y, q, _round_fixed_point(y, -1))
+    none = (jnp.zeros_like(floor), jnp.zeros_like(floor))
+    take_up = _less(up, none)
+    take_down = _less(down, none) & _less(down, up) & (floor > -SCALE_BIAS)
+    return floor + jnp.where(take_down, -1, take_up.astype(jnp.int32))
 
 
-def _quarter_units(magnitude: Array, exponent: Array, floor: Array) -> Int32[Array, "... blocks 32"]:
-    """Rounded magnitudes in units of ``2**(floor - 2)``, for an exponent at most one away from floor."""
-    codes = _round_to_codes(magnitude, exponent)
-    # Twice the E2M1 value: 0 1 2 3 4 6 8 12.
-    doubled = jnp.where(codes < 4, codes, (2 + (codes & 1)) << (codes >> 1) >> 1)
-    return doubled << (1 + exponent - floor)[..., None]
+_FRACTION = 26  # fraction bits of _fixed_point
 
 
 def _fixed_point(magnitude: Array, floor: Array) -> Int32[Array, "... blocks 32"]:
-    """Magnitudes over ``2**floor`` with 26 fraction bits, exact for those of 1/8 and above."""
+    """Magnitudes over ``2**floor`` (below 8) with 26 fraction bits, exact from 1/8 up, cut off below.
+
+    What lies below 1/8 rounds to zero under all three candidates, so it cannot decide between them.
+    """
     field = magnitude >> _MANTISSA
     mantissa = (magnitude & ((1 << _MANTISSA) - 1)) | jnp.where(field > 0, 1 << _MANTISSA, 0)
-    shift = jnp.maximum(field, 1) - 150 - floor[..., None] + 26
-    return jnp.where(shift >= 0, mantissa << jnp.clip(shift, 0, 7), mantissa >> jnp.clip(-shift, 0, 31))
+    shift = jnp.maximum(field, 1) - 150 - floor[..., None] + _FRACTION
+    return jnp.where(shift >= 0, mantissa << jnp.clip(shift, 0, 31), mantissa >> jnp.clip(-shift, 0, 31))
 
 
-def _squared_error_falls(y: Array, q0: Array, q1: Array) -> Array:
-    """Whether ``sum (y - q1)**2 < sum (y - q0)**2`` exactly; y has 26 fraction bits, q0 and q1 have 2."""
-    step = q1 - q0  # at most 6 bits
-    high = jnp.sum(step * (y >> 17), axis=-1)  # y >> 17 has 12 bits: the sum stays below 2**23
-    low = jnp.sum(step * (y & 0x1FFFF), axis=-1)  # below 2**28
-    own = jnp.sum(step * (q1 + q0), axis=-1)  # below 2**19
-    # sum step (q1 + q0 - 2 y), up to a factor: own * 2**23 - (high * 2**17 + low) < 0
-    return (own << 6) - high - (low >> 17) - ((low & 0x1FFFF) > 0).astype(jnp.int32) < 0
+def _round_fixed_point(y: Int32[Array, "... blocks 32"], step: int) -> Int32[Array, "... blocks 32"]:
+    """``y`` rounded to E2M1 times ``2**step``, in quarters."""
+    one = 1 << (_FRACTION + step)
+    # The grid's spacing: a half below 2, one below 4, two above (times 2**step).
+    drop = (_FRACTION + step - 1) + (y >= 2 * one).astype(jnp.int32) + (y >= 4 * one).astype(jnp.int32)
+    nearest = (y + (1 << (drop - 1)) - 1 + ((y >> drop) & 1)) >> drop  # ties to even
+    return jnp.minimum(nearest << (drop - (_FRACTION - 2)), 6 * 4 << step if step >= 0 else 6 * 4 >> -step)
+
+
+def _error_change(y: Array, q0: Array, q1: Array) -> tuple[Array, Array]:
+    """``sum (q1 - y)**2 - (q0 - y)**2 = sum (q1 - q0) (q1 + q0 - 2 y)`` exactly, as ``high * 2**17 + low``.
+
+    In units of ``2**-27``, with ``0 <= low < 2**17``; y is in fixed point, q0 and q1 are in quarters.
+    """
+    step = q1 - q0  # 5 bits and a sign, q1 + q0 has 6
+    high = jnp.sum(step * (((q1 + q0) << 6) - (y >> 17)), axis=-1)  # 12 + 5 bits a term
+    low = -jnp.sum(step * (y & 0x1FFFF), axis=-1)  # 17 + 5 bits a term
+    return high + (low >> 17), low & 0x1FFFF
+
+
+def _less(a: tuple[Array, Array], b: tuple[Array, Array]) -> Array:
+    return (a[0] < b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
 
 
 def _decode(codes: Array, scales: Array, dtype: Any) -> Array:
@@ -338,7 +360,9 @@ def _decode(codes: Array, scales: Array, dtype: Any) -> Array:
     field = jnp.where(code == 1, -1, (code >> 1) - 1) + exponent[..., None] + 127
     mantissa = jnp.where(code == 1, 0, (code & 1) << (_MANTISSA - 1))
     subnormal = (mantissa | (1 << _MANTISSA)) >> jnp.clip(1 - field, 0, 31)
-    bits = jnp.where(field > 0, jnp.where(field < 0xFF, (field << _MANTISSA) | mantissa, _INF_BITS), subnormal)
+    bits = jnp.where(
+        field > 0, jnp.where(field < 0xFF, (field << _MANTISSA) | mantissa, _INF_BITS), subnormal
+    )
     bits = jnp.where(code == 0, 0, bits) | ((codes & 8).astype(jnp.int32) << 28)
     bits = jnp.where((scales == SCALE_NAN)[..., None], 0x7FC00000, bits)
     if dtype == jnp.bfloat16:  # the low half is zero: at most two mantissa bits, shifted by at most two
