@@ -24,7 +24,7 @@ import rich.table
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 from rich.console import Console
 from rich.text import Text
@@ -168,7 +168,7 @@ class TimingsReport(TypedDict):
 
 
 class Report(TypedDict):
-    """Everything that a conversion measured. In the file NaN and infinities are the strings of JSON's users."""
+    """Everything that a conversion measured. See :func:`write_report` for NaN in the file."""
 
     model: ModelReport
     settings: SettingsReport
@@ -213,7 +213,7 @@ def _figure(value: float | None, spec: str) -> str:
         return "NaN"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    return format(value, spec)
+    return "0" if value == 0 and spec.endswith("e") else format(value, spec)
 
 
 def _perplexity(value: float | None) -> str:
@@ -509,7 +509,7 @@ def _rich_table(table: Table, text: Callable[..., Text], console: Console) -> ri
 # -- plots ---------------------------------------------------------------------------------------------------
 
 MAGNITUDES = ("0", "0.5", "1", "1.5", "2", "3", "4", "6")
-_DPI = 110
+_DPI = 120
 _PANELS = 8  # panels that a plot by site shows at most
 
 
@@ -577,7 +577,7 @@ def _panels(count: int, theme: Theme, height: float, **options: Any) -> tuple[Fi
     """A figure with ``count`` styled axes, two a row."""
     columns = min(count, 2)
     rows = -(-count // columns)
-    figure = Figure(figsize=(8, height * rows + 0.4), facecolor=theme.paper, layout="constrained")
+    figure = Figure(figsize=(7.4, height * rows + 0.4), facecolor=theme.paper, layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
     for spare in axes[count:]:
         spare.remove()
@@ -586,7 +586,7 @@ def _panels(count: int, theme: Theme, height: float, **options: Any) -> tuple[Fi
         for side, spine in ax.spines.items():
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(theme.faint)
-        ax.tick_params(colors=theme.ink, labelsize=9, color=theme.faint)
+        ax.tick_params(colors=theme.ink, labelsize=9.5, color=theme.faint)
         ax.grid(axis="y", color=theme.faint, linewidth=0.6)
         ax.set_axisbelow(True)
     return figure, axes[:count]
@@ -597,8 +597,8 @@ def _caption(ax: Axes, text: str, theme: Theme) -> None:
 
 
 def _axis_labels(ax: Axes, theme: Theme, x: str = "", y: str = "") -> None:
-    ax.set_xlabel(x, fontsize=9, color=theme.ink)
-    ax.set_ylabel(y, fontsize=9, color=theme.ink)
+    ax.set_xlabel(x, fontsize=9.5, color=theme.ink)
+    ax.set_ylabel(y, fontsize=9.5, color=theme.ink)
 
 
 def _legend(figure: Figure, ax: Axes, theme: Theme, columns: int) -> None:
@@ -607,7 +607,7 @@ def _legend(figure: Figure, ax: Axes, theme: Theme, columns: int) -> None:
         loc="outside upper right",
         ncols=columns,
         frameon=False,
-        fontsize=9,
+        fontsize=9.5,
         labelcolor=theme.ink,
     )
 
@@ -642,7 +642,7 @@ def _plot_perplexity(report: Mapping[str, Any], theme: Theme) -> Figure | None:
             xytext=(5, 0),
             textcoords="offset points",
             va="center",
-            fontsize=9,
+            fontsize=9.5,
             color=theme.ink,
         )
     ax.set_xlim(0, edge * 1.18)
@@ -691,7 +691,7 @@ def _plot_energy(entries: Sequence[Mapping[str, Any]], theme: Theme) -> Figure |
     entries = [e for e in entries if len(e["before"])][:_PANELS]
     if not entries:
         return None
-    figure, axes = _panels(len(entries), theme, 2.4 if len(entries) > 1 else 3.2)
+    figure, axes = _panels(len(entries), theme, 2.4 if len(entries) > 1 else 3.2, sharey=True)
     for ax, entry in zip(axes, entries, strict=True):
         before, after = _finite(entry["before"]), _finite(entry["after"])
         mean = np.nanmean(before) if np.isfinite(before).any() else math.nan
@@ -702,14 +702,15 @@ def _plot_energy(entries: Sequence[Mapping[str, Any]], theme: Theme) -> Figure |
         ):
             edges = np.arange(len(values) + 1) - 0.5
             ax.stairs(values / scale, edges, color=colour, linewidth=1.5, label=label, baseline=None)
-        positive = [v for v in (before, after) if (v > 0).any()]
-        if positive:
+        if (before > 0).any() or (after > 0).any():
             ax.set_yscale("log")
-            ax.tick_params(which="minor", colors=theme.ink, labelsize=8, color=theme.faint)
+            ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.yaxis.set_minor_locator(NullLocator())
         ax.margins(x=0.01)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         _caption(ax, _where(entry), theme)
-        _axis_labels(ax, theme, "block", "energy / mean before")
+        _axis_labels(ax, theme, "block", "energy / mean before" if ax in axes[::2] else "")
     _legend(figure, axes[0], theme, 2)
     return figure
 
@@ -730,7 +731,9 @@ def _plot_codebook(entries: Sequence[Mapping[str, Any]], theme: Theme) -> Figure
         )
         ax.set_xticks(positions, MAGNITUDES)
         _caption(ax, _where(entry), theme)
-        _axis_labels(ax, theme, "magnitude, in units of the block's scale", "values, %")
+        _axis_labels(
+            ax, theme, "magnitude, in units of the block's scale", "values, %" if ax in axes[::2] else ""
+        )
     _legend(figure, axes[0], theme, 3)
     return figure
 
@@ -790,20 +793,18 @@ def render_page(report: Mapping[str, Any], light: Mapping[str, bytes], dark: Map
         for name, (title, text) in TEXTS.items()
         if name in light
     ]
-    settings = report["settings"]
-    samples = [{k: _clean(str(v)) for k, v in sample.items()} for sample in report.get("samples") or ()]
     page = environment.get_template("report.html").render(
-        name=_clean(report["model"]["name"]),
-        lines=[_clean(line) for line in _title_lines(report)],
-        warnings=[_clean(w) for w in report.get("warnings") or ()],
+        name=report["model"]["name"],
+        lines=_title_lines(report),
+        warnings=report.get("warnings") or (),
         tables=[t for t in (main_table(report), summary_table(report)) if t.rows],
         layers=layer_table(report),
         plots=plots,
-        samples=samples,
+        samples=report.get("samples") or (),
         cost=_cost_line(report),
-        versions=settings.get("versions") or {},
+        versions=report["settings"].get("versions") or {},
     )
-    # Labels are the pipeline's, names the user's: whatever they hold, the page is valid UTF-8.
+    # Names are the user's, samples the model's: whatever they hold, the page is valid UTF-8.
     return _clean(page)
 
 
