@@ -16,8 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,6 +40,8 @@ from torq_jax.errors import ConversionError, TorqError
 MANIFEST = "torq.json"
 FORMAT = "torq-jax"
 VERSION = 1
+
+_OVERHEAD = 64 << 10  # bytes of an Orbax piece besides its arrays, generously
 
 
 class Loaded(NamedTuple):
@@ -68,11 +73,43 @@ class CheckpointWriter:
         (self.directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
     def _save(self, path: Path, tree: Mapping[str, Any]) -> None:
+        arrays = jax.tree.map(np.asarray, dict(tree))
+        name = path.relative_to(self.directory)
+        needed = sum(x.nbytes for x in jax.tree.leaves(arrays)) + _OVERHEAD
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise ConversionError(
+                f"cannot write {name}: the disk is full: {needed / 2**20:.1f} MiB are needed and "
+                f"{free / 2**20:.1f} MiB are free; nothing was kept"
+            )
         try:
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(path.absolute(), jax.tree.map(np.asarray, dict(tree)))
-        except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
-            raise ConversionError(f"cannot write {path.name}: {_first_line(error)}{_space(path)}") from error
+            with _quiet_failures(), ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(path.absolute(), arrays)
+        except (OSError, ValueError) as error:  # tensorstore reports failed writes as a ValueError
+            raise ConversionError(f"cannot write {name}: {_reason(error)}; nothing was kept") from error
+
+
+@contextlib.contextmanager
+def _quiet_failures() -> Iterator[None]:
+    """Keep a failed write from filling the terminal: its error is raised, and needs no log beside it.
+
+    Orbax logs it once more with its stack, and every other write that was under way then finds its event loop
+    closed and says so through the interpreter's hook, from a thread of its own.
+    """
+    hook, logger = sys.unraisablehook, logging.getLogger("absl")
+    level = logger.level
+
+    def without_closed_loops(caught: Any) -> None:
+        if not (caught.exc_type is RuntimeError and "Event loop is closed" in str(caught.exc_value)):
+            hook(caught)
+
+    sys.unraisablehook = without_closed_loops
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+        sys.unraisablehook = hook  # after a failure it stays: the writes under way may end at any time
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -102,7 +139,7 @@ def writing(directory: str | os.PathLike[str], *, overwrite: bool = False) -> It
         else:
             os.rename(partial, target)
     except OSError as error:
-        raise ConversionError(f"cannot write {target}: {_first_line(error)}{_space(partial)}") from error
+        raise ConversionError(f"cannot write {target}: {_reason(error)}; nothing was kept") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -253,9 +290,9 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def _space(path: Path) -> str:
-    """A hint where the disk is full, as far as that can be told."""
-    while not path.exists():
-        path = path.parent
-    free = shutil.disk_usage(path).free
-    return f" (the disk has {free / 2**20:.0f} MiB free)" if free < 64 * 2**20 else ""
+def _reason(error: BaseException) -> str:
+    """The operating system's own words where tensorstore quotes them in the middle of its."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    quoted = re.search(r": ([^:\[]+) \[os_error_code", str(error))
+    return quoted[1] if quoted else _first_line(error)
