@@ -91,7 +91,8 @@ class Variant:
         if self.method is None:
             return "float"
         mode = {("mxfp4", "mxfp4"): "W4A4", ("bf16", "mxfp4"): "A4-only", ("mxfp4", "bf16"): "W4A16"}
-        return f"{self.method} {mode.get((self.weights, self.activations), 'float')}"
+        name = "plain rounding" if self.method == "none" else self.method
+        return f"{name} {mode.get((self.weights, self.activations), 'float')}"
 
 
 FLOAT = Variant(None, "bf16", "bf16")
@@ -240,7 +241,10 @@ class _Run:
         self.formats: dict[str, SiteFormat] = {}
         self.sites: list[dict[str, Any]] = []
         self.energy: list[dict[str, Any]] = []
-        self.codebook: dict[str, list[np.ndarray]] = {"before": [], "after": []}
+        self.codebook: dict[str, dict[str, list[np.ndarray]]] = {
+            s: {"before": [], "after": []} for s in SITES
+        }
+        self.bytes: dict[Variant, int] = {}
         self.seconds: dict[str, float] = {}
         self.solver_seconds: dict[str, float] = {}
         self.started = time.monotonic()
@@ -285,6 +289,8 @@ class _Run:
             progress.stage(method)
             shared = {k: v for k, v in parameters.items() if k not in SITES}
             rows = [v for v in self.variants if v.method == method]
+            for variant in rows:
+                self.bytes[variant] = self.bytes.get(variant, 0) + _nbytes(shared)
             layers: dict[Variant, dict[str, Any]] = {v: dict(shared) for v in rows}
             formats: dict[Variant, dict[str, SiteFormat]] = {v: {} for v in rows}
             shard: dict[str, Any] = dict(shared)
@@ -295,6 +301,7 @@ class _Run:
                     for variant in rows:
                         form, values = self.site(site, solved, parameters[site], variant)
                         formats[variant][site] = _float_form(form)
+                        self.bytes[variant] = self.bytes.get(variant, 0) + _nbytes(values)
                         layers[variant][site] = checkpoint.decode_site(
                             values, self.config, site, form, jnp.float32
                         )
@@ -302,7 +309,7 @@ class _Run:
                         form, shard[site] = self.site(site, solved, parameters[site], self.chosen)
                         self.formats.setdefault(site, form)
                         if index == 0:
-                            self.linear_bytes += self.config.num_layers * _weight_bytes(form, shard[site])
+                            self.linear_bytes += self.config.num_layers * _weight_bytes(shard[site])
                 if method == self.settings.method:
                     with self.timed("diagnostics"):
                         self.diagnose(
@@ -321,7 +328,7 @@ class _Run:
         """One layer of the source as the decoder's nested dictionary, float32."""
         parameters: dict[str, Any] = {site: {} for site in SITES}
         for key, name in names.layer_tensors(self.config, index).items():
-            value = np.asarray(self.source.read(name), np.float32)
+            value = jnp.asarray(np.asarray(self.source.read(name), np.float32))
             site, _, weight = key.rpartition("/")
             (parameters[site] if site else parameters)[weight] = value
         return parameters
@@ -343,9 +350,9 @@ class _Run:
     def advance(self, variant: Variant, graph: Any, parameters: Any, index: int) -> None:
         """Take one evaluation stream through a layer."""
         stream = self.streams[variant]
-        device = jax.tree.map(jnp.asarray, parameters)
+        parameters = jax.tree.map(jnp.asarray, parameters)
         for i, x in enumerate(stream):
-            stream[i] = _finite(_run(graph, self.config, device, x), index)
+            stream[i] = _finite(_run(graph, self.config, parameters, x), index)
 
     # -- sites ---------------------------------------------------------------------------------------------
 
@@ -367,7 +374,7 @@ class _Run:
         transform = rotation.astype(found, jnp.bfloat16) if rotates else None
         folded = {}
         for name in SITE_WEIGHTS[site]:
-            weight = weights[name]
+            weight = np.asarray(weights[name])
             missing = mxfp4.padded_size(weight.shape[1]) - weight.shape[1]
             weight = np.pad(weight, ((0, 0), (0, missing))) if missing else weight
             folded[name] = (
@@ -440,7 +447,7 @@ class _Run:
             for k, v in (("before", x), ("after", rotated))
         }
         for k, v in shares.items():
-            self.codebook[k].append(np.asarray(v).mean(0))
+            self.codebook[site][k].append(np.asarray(v).mean(0))
         cost = None if solved.transform is None else rotation.online_cost(solved.transform)
         error = 0.0 if solved.transform is None else rotation.check_orthogonal(solved.transform)
         self.sites.append(
@@ -501,6 +508,7 @@ class _Run:
                     for x, t in zip(stream, self.evaluation.tokens, strict=True)
                 ]
             ).mean(-1, dtype=np.float64)
+        outer = _nbytes(self.stored_outer())
         table = []
         for variant in self.variants:
             own_loss, delta = losses[variant], losses[variant] - losses[FLOAT]
@@ -512,6 +520,7 @@ class _Run:
                     "weights": "float" if variant.weights == "bf16" else variant.weights,
                     "activations": "float" if variant.activations == "bf16" else variant.activations,
                     "chosen": variant == self.chosen,
+                    "bytes": self.original_bytes() if variant is FLOAT else self.bytes[variant] + outer,
                     "perplexity": float(np.exp(own_loss.mean())),
                     "nll": float(own_loss.mean()),
                     "delta_nats": None if variant is FLOAT else float(delta.mean()),
@@ -522,11 +531,17 @@ class _Run:
             )
         return table
 
+    def parameters(self) -> int:
+        """Elements of all of the source's tensors."""
+        return sum(int(np.prod(shape)) for shape in names.expected_tensors(self.config).values())
+
+    def original_bytes(self) -> int:
+        """Bytes of the float model in the dtype that its checkpoint has, or would have."""
+        return self.parameters() * np.dtype(self.source.float_dtype).itemsize
+
     def report(self, rows: list[dict[str, Any]], out: Path) -> dict[str, Any]:
         """Everything that was measured, as :mod:`convert.report` documents it."""
-        config, itemsize = self.config, np.dtype(self.source.float_dtype).itemsize
-        shapes = names.expected_tensors(config)
-        parameters = sum(int(np.prod(s)) for s in shapes.values())
+        config, original = self.config, self.original_bytes()
         stored = checkpoint.directory_bytes(out, "layers", "outer")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         evaluation = None
@@ -537,7 +552,7 @@ class _Run:
                 "name": self.source.name,
                 "source_kind": self.source.kind,
                 "architecture": config.architecture,
-                "parameters": parameters,
+                "parameters": self.parameters(),
                 "linear_parameters": config.linear_parameters(),
                 "layers": config.num_layers,
                 "hidden_size": config.hidden_size,
@@ -549,16 +564,19 @@ class _Run:
             },
             "evaluation": evaluation,
             "size": {
-                "original_bytes": parameters * itemsize,
+                "original_bytes": original,
                 "checkpoint_bytes": stored,
-                "compression": parameters * itemsize / stored,
+                "compression": original / stored,
                 "linear_bytes": self.linear_bytes,
                 "bits_per_weight": 8 * self.linear_bytes / config.linear_parameters(),
             },
             "sites": self.sites,
             "plots": {
                 "block_energy": self.energy,
-                "codebook": {k: np.mean(v, axis=0).tolist() for k, v in self.codebook.items()},
+                "codebook": [
+                    {"site": site, **{k: np.mean(v, axis=0).tolist() for k, v in shares.items()}}
+                    for site, shares in self.codebook.items()
+                ],
             },
             "samples": [],
             "timings": {
@@ -608,8 +626,8 @@ def _float_form(form: SiteFormat) -> SiteFormat:
     return dataclasses.replace(form, weights="float")
 
 
-def _pad(weight: np.ndarray) -> np.ndarray:
-    return np.pad(weight, ((0, 0), (0, mxfp4.padded_size(weight.shape[1]) - weight.shape[1])))
+def _pad(weight: Any) -> Any:
+    return jnp.pad(weight, ((0, 0), (0, mxfp4.padded_size(weight.shape[1]) - weight.shape[1])))
 
 
 def _block_energy(x: Any) -> np.ndarray:
@@ -623,7 +641,11 @@ def _sqnr(signal: Any, noisy: Any) -> float | None:
     return 10 * float(np.log10(float(jnp.sum(signal**2)) / noise)) if noise > 0 else None
 
 
-def _weight_bytes(form: SiteFormat, values: Mapping[str, Any]) -> int:
+def _nbytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _weight_bytes(values: Mapping[str, Any]) -> int:
     keep = ("inter", "intra")
     return sum(v.nbytes for k, v in values.items() if k not in keep and not k.endswith("_bias"))
 
