@@ -1,0 +1,57 @@
+"""The demo model, a real LLaMA: one test downloads and converts it, with few tokens."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import torq_jax
+from convert import sources
+from convert.__main__ import main
+from torq_jax import data, evaluate
+from torq_jax.generate import stream_text
+
+FEW = ["--samples", "2", "--sequence-length", "128", "--window", "256", "--windows", "2"]
+
+
+@pytest.mark.slow
+def test_the_demo_converts_and_writes(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert (
+        main(["--demo", "--out", str(out), *FEW, "--compare", "none", "--modes", "a4", "--prompt", "Hello"])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert "plain rounding W4A4" in printed and "256" in printed
+
+    report = json.loads((out / "report.json").read_text())
+    rows = {row["label"]: row for row in report["evaluation"]["rows"]}
+    assert len(report["sites"]) == 4 * 30
+    # Quantising costs perplexity and float weights cost less than MXFP4 ones; by how much is the benchmarks' matter.
+    assert rows["float"]["perplexity"] < rows["torq A4-only"]["perplexity"] < rows["torq W4A4"]["perplexity"]
+    for site in report["sites"]:
+        # Macro-equilibrium, after storing its matrices in bfloat16, whose 2**-9 an energy doubles.
+        assert site["imbalance_after"] < site["imbalance_before"] + 0.02
+        assert site["fold_error"] < 1e-5
+
+    model, tokenizer, _ = torq_jax.load(out)
+    value, _ = evaluate.perplexity(model, tokenizer, data.path(data.EVALUATION), window=256, windows=2)
+    # Layer by layer and in one scan: sums in another order, and roundings that fall the other way because of it.
+    assert value == pytest.approx(rows["torq W4A4"]["perplexity"], rel=0.03)
+    assert len("".join(stream_text(model, tokenizer, "The capital of France is", max_tokens=8))) > 8
+
+
+@pytest.mark.slow
+def test_the_demo_model_is_what_hugging_face_reads():
+    """Tokens and a few weights, pinned from transformers' own loader (benchmarks/hf_perplexity.py)."""
+    source = sources.open_source(str(sources.fetch_demo()))
+    text, _ = evaluate.read_text(data.path(data.EVALUATION))
+    tokens = evaluate.tokenize(source.load_tokenizer(), text)
+    # The evaluation text begins as WikiText-2's test does, whose first tokens that benchmark's result lists.
+    pinned = json.loads(
+        (data.path(data.EVALUATION).parents[2] / "benchmarks/results/hf_perplexity.json").read_text()
+    )
+    assert tokens[:16].tolist() == pinned["text"]["first_tokens"]
+    weight = source.read("model.layers.0.self_attn.q_proj.weight")
+    assert weight.shape == (576, 576) and weight.dtype == np.float32 and jnp.isfinite(weight).all()
