@@ -199,7 +199,7 @@ def test_inputs_reach_what_they_are_meant_to():
 
 @pytest.mark.parametrize("ulp, exponent", [(-1, 0), (0, 0), (1, -1)])
 def test_squared_errors_are_compared_to_the_last_bit(ulp, exponent):
-    """Saturating 4 to 3 costs 1; a quarter kept wins 1/16, and 3/16 taken to a quarter 1/32: a tie, but for one ulp."""
+    """Saturating 4 to 3 costs 1; a quarter kept wins 1/16, 3/16 made a quarter 1/32: a tie but for one ulp."""
     x = np.array([4.0] + [0.25] * 14 + [0.1875] * 4 + [0.0] * 13, np.float32)
     x.view(np.int32)[18] += ulp
     assert quantize(x, "mse").scales[0] == 127 + exponent == oracle.quantize(x, "mse").scales[0]
