@@ -80,6 +80,7 @@ def convert(folder: Path, out: Path, samples: int, length: int, method: str) -> 
     return {
         "seconds": round(seconds, 1),
         "peak_rss_gib": round(report["memory"]["peak_rss_bytes"] / 2**30, 3),
+        "peak_rss_gib_up_to": {k: round(v / 2**30, 3) for k, v in report["memory"]["by_stage"].items()},
         "checkpoint_mib": round(report["size"]["checkpoint_bytes"] / 2**20, 1),
         "bits_per_weight": report["size"]["bits_per_weight"],
     }

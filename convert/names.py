@@ -46,12 +46,12 @@ _GGUF_OUTER = {
 
 
 def outer_tensors(config: DecoderConfig) -> dict[str, str]:
-    """Our key -> Hugging Face name of what lies outside the layers: ``embed``, ``final_norm`` and ``head``.
+    """Our key -> Hugging Face name of what lies outside the layers: ``embed``, ``norm`` and ``lm_head``.
 
-    ``head`` is absent where the embeddings are tied.
+    ``lm_head`` is absent where the embeddings are tied.
     """
-    names = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight"}
-    return names if config.tie_embeddings else names | {"head": "lm_head.weight"}
+    names = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight"}
+    return names if config.tie_embeddings else names | {"lm_head": "lm_head.weight"}
 
 
 def layer_tensors(config: DecoderConfig, layer: int) -> dict[str, str]:
@@ -87,8 +87,8 @@ def expected_tensors(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face name -> shape of every tensor that a checkpoint of this configuration must hold."""
     outer = {
         "embed": (config.vocab_size, config.hidden_size),
-        "final_norm": (config.hidden_size,),
-        "head": (config.vocab_size, config.hidden_size),
+        "norm": (config.hidden_size,),
+        "lm_head": (config.vocab_size, config.hidden_size),
     }
     expected: dict[str, tuple[int, ...]] = {name: outer[key] for key, name in outer_tensors(config).items()}
     shapes = layer_shapes(config)

@@ -148,8 +148,10 @@ def convert(
             run.layer(index, writer, progress)
             progress.advance()
         progress.stage("writing")
-        with run.timed("writing"):
-            writer.outer(run.stored_outer())
+        run.stream.clear()  # the largest thing in memory, and done with
+        with run.timed("outer"):
+            for name in names.outer_tensors(config):
+                writer.outer(name, run.stored_outer(name))
             if tokenizer is not None:
                 tokenizer.save_pretrained(writer.directory / "tokenizer")
         progress.stage("perplexity")
@@ -246,6 +248,8 @@ class _Run:
         }
         self.bytes: dict[Variant, int] = {}
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+        """Peak resident bytes of the process up to the end of each stage."""
         self.solver_seconds: dict[str, float] = {}
         self.started = time.monotonic()
         self.linear_bytes = 0
@@ -255,12 +259,13 @@ class _Run:
         start = time.monotonic()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
+        self.peaks[stage] = _peak_rss()
 
     # -- streams -------------------------------------------------------------------------------------------
 
     def embed(self) -> None:
         """Start the streams: residual streams of one sequence each, ``[1, t, H]`` float32 on the host."""
-        table = self.source.read("model.embed_tokens.weight")
+        table = self.source.read(names.outer_tensors(self.config)["embed"])
         stored = np.dtype(self.source.float_dtype)
 
         def start(tokens: np.ndarray, dtype: Any) -> list[np.ndarray]:
@@ -478,24 +483,19 @@ class _Run:
 
     # -- results -------------------------------------------------------------------------------------------
 
-    def stored_outer(self) -> dict[str, Any]:
-        """Parameters outside the layers as the checkpoint stores them."""
-        dtype = self.source.float_dtype
-        outer = {
-            "embed": self.source.read("model.embed_tokens.weight").astype(dtype),
-            "norm": np.asarray(self.source.read("model.norm.weight"), np.float32),
-        }
-        if not self.config.tie_embeddings:
-            outer["lm_head"] = self.source.read("lm_head.weight").astype(dtype)
-        return outer
+    def stored_outer(self, name: str) -> np.ndarray:
+        """A parameter outside the layers as the checkpoint stores it."""
+        value = self.source.read(names.outer_tensors(self.config)[name])
+        return value.astype(np.float32 if name == "norm" else self.source.float_dtype)
 
     def rows(self) -> list[dict[str, Any]]:
         """The evaluated table: perplexities, and the difference to float with its paired standard error."""
         if self.evaluation is None:
             return []
-        name = "model.embed_tokens.weight" if self.config.tie_embeddings else "lm_head.weight"
-        head = self.source.read(name)
-        norm = np.asarray(self.source.read("model.norm.weight"), np.float32)
+        head = self.source.read(
+            names.outer_tensors(self.config)["embed" if self.config.tie_embeddings else "lm_head"]
+        )
+        norm = self.stored_outer("norm")
         losses = {}
         for variant, stream in self.streams.items():
             dtype = head.dtype if variant is FLOAT else self.source.float_dtype
@@ -508,7 +508,8 @@ class _Run:
                     for x, t in zip(stream, self.evaluation.tokens, strict=True)
                 ]
             ).mean(-1, dtype=np.float64)
-        outer = _nbytes(self.stored_outer())
+        itemsize = np.dtype(self.source.float_dtype).itemsize
+        outer = norm.nbytes + head.size * itemsize * (1 if self.config.tie_embeddings else 2)
         table = []
         for variant in self.variants:
             own_loss, delta = losses[variant], losses[variant] - losses[FLOAT]
@@ -543,7 +544,6 @@ class _Run:
         """Everything that was measured, as :mod:`convert.report` documents it."""
         config, original = self.config, self.original_bytes()
         stored = checkpoint.directory_bytes(out, "layers", "outer")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         evaluation = None
         if self.evaluation is not None:
             evaluation = {"protocol": dataclasses.asdict(self.evaluation.protocol), "rows": rows}
@@ -584,7 +584,7 @@ class _Run:
                 "stages": self.seconds,
                 "solvers": self.solver_seconds,
             },
-            "memory": {"peak_rss_bytes": peak},
+            "memory": {"peak_rss_bytes": _peak_rss(), "by_stage": self.peaks},
             "warnings": self.warnings(),
         }
 
@@ -639,6 +639,10 @@ def _sqnr(signal: Any, noisy: Any) -> float | None:
     """Signal over quantisation noise in dB; None without noise."""
     noise = float(jnp.sum((signal - noisy) ** 2))
     return 10 * float(np.log10(float(jnp.sum(signal**2)) / noise)) if noise > 0 else None
+
+
+def _peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _nbytes(tree: Any) -> int:

@@ -178,7 +178,7 @@ class Report(TypedDict):
     plots: NotRequired[PlotsReport]
     samples: NotRequired[list[SampleReport]]
     timings: NotRequired[TimingsReport]
-    memory: NotRequired[dict[str, int]]  # peak_rss_bytes
+    memory: NotRequired[dict[str, Any]]  # peak_rss_bytes, by_stage
     warnings: NotRequired[list[str]]
 
 

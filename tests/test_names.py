@@ -35,7 +35,7 @@ def test_layers_and_outer_tensors_make_up_all(name):
         assert ours.keys() == layer_shapes(config).keys()
         names += ours.values()
     assert sorted(names) == sorted(expected_tensors(config))
-    assert ("head" in outer_tensors(config)) == (not config.tie_embeddings)
+    assert ("lm_head" in outer_tensors(config)) == (not config.tie_embeddings)
 
 
 def test_keys_of_a_layer():

@@ -4,7 +4,7 @@
 
     DIR/torq.json       manifest: format version, architecture, format of every site, how it was converted
     DIR/layers/00000/   one Orbax checkpoint a layer, written as soon as the layer is finished
-    DIR/outer/          embeddings, final norm, output projection
+    DIR/outer/          the same for embeddings, final norm and output projection
     DIR/tokenizer/      the tokenizer's own files
     DIR/report.json, report.html, plots/
 
@@ -63,9 +63,9 @@ class CheckpointWriter:
         """Write one layer's parameters, a nested dictionary of arrays."""
         self._save(self.directory / "layers" / f"{index:05d}", parameters)
 
-    def outer(self, parameters: Mapping[str, Any]) -> None:
-        """Write the parameters outside the layers."""
-        self._save(self.directory / "outer", parameters)
+    def outer(self, name: str, value: Any) -> None:
+        """Write one parameter outside the layers; each on its own, since embeddings are large."""
+        self._save(self.directory / "outer" / name, {name: value})
 
     def manifest(self, data: Mapping[str, Any]) -> None:
         """Write the manifest; last, since it marks the checkpoint complete."""
@@ -211,7 +211,9 @@ def load(directory: str | os.PathLike[str], *, dtype: Any = None, dequantize: bo
         if layers is None:
             layers = jax.tree.map(lambda x: np.empty((config.num_layers, *x.shape), x.dtype), layer)
         _copy_into(layers, layer, index, directory)
-    outer = restore(directory / "outer")
+    outer: dict[str, Any] = {}
+    for name in ("embed", "norm") if config.tie_embeddings else ("embed", "norm", "lm_head"):
+        outer |= restore(directory / "outer" / name)
     if dequantize:
         formats = {site: _decoded(form) for site, form in formats.items()}
     model = nnx.eval_shape(lambda: Decoder(config, formats, dtype=dtype))
