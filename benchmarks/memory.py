@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -125,7 +124,6 @@ def main() -> int:
     print(
         f"limit {LIMIT_GIB} GiB: {'kept' if passed else 'EXCEEDED'}; growth {peaks[-1] - peaks[0]:+.3f} GiB"
     )
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     options.json.parent.mkdir(exist_ok=True)
     settings = {
         "samples": options.samples,
