@@ -69,7 +69,10 @@ def test_chat_prompt_uses_the_template(tokenizer):
     [
         ([], {}, "the prompt has no tokens"),
         ([999], {}, "token 999 outside the vocabulary of 288"),
-        ([1], {"temperature": -1}, "must not be negative"),
+        ([1], {"temperature": -1}, "temperature -1 and top_k 0 must be finite and not negative"),
+        ([1], {"temperature": float("nan")}, "temperature nan"),
+        ([1], {"max_tokens": -100}, "max_tokens -100 must not be negative"),
+        ([1], {"seed": 2**63}, r"seed 9223372036854775808 in 0\.\."),
         ([1], {"top_p": 0}, r"top_p 0 in \(0, 1\]"),
     ],
 )

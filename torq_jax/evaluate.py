@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 import sys
@@ -62,8 +63,9 @@ def read_text(path: str | Path, joined: str = "raw") -> tuple[str, str]:
             rows = [json.loads(line)["text"] for line in text.split("\n") if line.strip()]
             text = "\n\n".join(rows)
         elif joined == "rows":
-            lines = text.split("\n")[:-1]
-            text = "\n\n".join(line + "\n" if line.strip() else "" for line in lines)
+            # Rows as the data set has them: each line with its end, an empty one as nothing.
+            lines = io.StringIO(text, newline="\n")
+            text = "\n\n".join(line if line.strip() else "" for line in lines)
     except FileNotFoundError:
         raise TorqError(f"text file {path} does not exist") from None
     except (OSError, UnicodeDecodeError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -77,12 +79,25 @@ def tokenize(tokenizer: Any, text: str) -> Int32[np.ndarray, " n"]:
     return np.asarray(ids, np.int32)
 
 
+def check_vocabulary(tokens: Int32[np.ndarray, "*n"], size: int) -> None:
+    """Raise TorqError for a token outside a vocabulary of ``size``: its embedding would be another token's."""
+    if tokens.size and int(tokens.max()) >= size:
+        raise TorqError(
+            f"token {int(tokens.max())} is outside the vocabulary of {size}: the tokenizer is not this model's"
+        )
+
+
 def cut(tokens: Int32[np.ndarray, " n"], window: int, count: int | None = None) -> Int32[np.ndarray, "w t"]:
     """The first ``count`` whole windows of the text, side by side; all that fit when None.
 
     Raises:
-      TorqError: the text is too short for them.
+      TorqError: the text is too short for them, or there is nothing to score in them.
     """
+    if window < 2 or (count is not None and count < 1):
+        raise TorqError(
+            f"cannot score {'all' if count is None else count} windows of {window} tokens: a window needs 2 tokens "
+            "at least, the first being context only, and there must be a window"
+        )
     fit = len(tokens) // window
     if fit < (1 if count is None else count):
         raise TorqError(
@@ -122,8 +137,13 @@ def negative_log_likelihood(
 
 
 def window_losses(model: Decoder, windows: Int32[np.ndarray, "w t"]) -> Float[np.ndarray, "w t-1"]:
-    """Negative log-likelihood in nats of every token but the first of each window, each window on its own."""
+    """Negative log-likelihood in nats of every token but the first of each window, each window on its own.
+
+    Raises:
+      TorqError: a token outside the vocabulary.
+    """
     c = model.config
+    check_vocabulary(windows, c.vocab_size)
     graph, state = nnx.split(model)
 
     @jax.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -55,10 +56,12 @@ def generate_tokens(
         raise TorqError(
             f"the prompt has token {max(prompt)} outside the vocabulary of {model.config.vocab_size}"
         )
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
         raise TorqError(
-            f"temperature {temperature} and top_k {top_k} must not be negative, top_p {top_p} in (0, 1]"
+            f"temperature {temperature} and top_k {top_k} must be finite and not negative, top_p {top_p} in (0, 1]"
         )
+    if max_tokens < 0 or not 0 <= seed < 2**63:
+        raise TorqError(f"max_tokens {max_tokens} must not be negative, seed {seed} in 0..2**63 - 1")
     return _generate(model, prompt, max_tokens, temperature, top_k, top_p, seed)
 
 
