@@ -44,11 +44,18 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults where there is one to tell and the help does not tell it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False) or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        "python -m convert", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = argparse.ArgumentParser("python -m convert", description=__doc__, formatter_class=_Formatter)
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--hf", metavar="ID_OR_PATH", help="hub id, Hugging Face directory, or .gguf file")
     source.add_argument(
@@ -111,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         errors.print(str(error), markup=False, highlight=False)
         return 1
     except KeyboardInterrupt:
-        errors.print("stopped; nothing was written", markup=False)
+        errors.print("stopped; an unfinished checkpoint is not kept", markup=False)
         return 130
     return 0
 
@@ -152,6 +159,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         seed=options.seed,
     )
     evaluation = _evaluation(options, tokenizer, source.config.vocab_size)
+    prompts = _prompts(options, tokenizer)
     sequences, length = calibrated.tokens.shape
     say(
         f"{source.name}: {source.config.num_layers} layers, {source.config.linear_parameters() / 1e6:.0f} M linear "
@@ -168,7 +176,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             overwrite=options.overwrite,
             progress=shown,
         )
-    result["samples"] = _samples(out, options)
+    result["samples"] = _samples(out, prompts, chat=options.demo and not options.prompt)
     report.write_report(result, out)
     report.print_report(result, console)
     say(
@@ -191,11 +199,7 @@ def _evaluation(options: argparse.Namespace, tokenizer: Any, vocab_size: int) ->
         raise ConversionError("the source has no tokenizer, so --evaluate has no tokens to score")
     text, digest = evaluate.read_text(path, options.joined)
     tokens = evaluate.cut(evaluate.tokenize(tokenizer, text), options.window, options.windows)
-    if int(tokens.max()) >= vocab_size:
-        raise ConversionError(
-            f"{path}: token {int(tokens.max())} is outside the vocabulary of {vocab_size}: the tokenizer is not "
-            "this model's"
-        )
+    evaluate.check_vocabulary(tokens, vocab_size)
     count, window = tokens.shape
     protocol = evaluate.Protocol(
         Path(path).name, digest, options.joined, window, count, False, count * (window - 1)
@@ -203,17 +207,24 @@ def _evaluation(options: argparse.Namespace, tokenizer: Any, vocab_size: int) ->
     return pipeline.Evaluation(tokens, protocol)
 
 
-def _samples(out: Path, options: argparse.Namespace) -> list[dict[str, str]]:
+def _prompts(options: argparse.Namespace, tokenizer: Any) -> tuple[str, ...]:
+    """What the converted model will go on from; refused before the conversion where it cannot."""
+    prompts = tuple(options.prompt or (DEMO_PROMPTS if options.demo else ()))
+    if prompts and tokenizer is None:
+        raise ConversionError("the source has no tokenizer, so --prompt cannot be read")
+    for prompt in prompts:
+        if not tokenizer(prompt)["input_ids"]:
+            raise ConversionError(f"--prompt {prompt!r} has no tokens: there is nothing to go on from")
+    return prompts
+
+
+def _samples(out: Path, prompts: tuple[str, ...], *, chat: bool) -> list[dict[str, str]]:
     """What the checkpoint, loaded as a user would, writes after each prompt."""
-    prompts = options.prompt or (DEMO_PROMPTS if options.demo else ())
     if not prompts:
         return []
     model, tokenizer, _ = checkpoint.load(out)
-    if tokenizer is None:
-        raise ConversionError("the source has no tokenizer, so --prompt cannot be read")
     written = []
     for prompt in prompts:
-        chat = options.demo and not options.prompt
         text = generate.chat_prompt(tokenizer, prompt) if chat else prompt
         pieces = generate.stream_text(model, tokenizer, text, special_tokens=not chat, max_tokens=64)
         written.append({"prompt": prompt, "text": "".join(pieces), "model": str(out)})

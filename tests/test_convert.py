@@ -246,6 +246,35 @@ def test_too_little_text_to_evaluate(tmp_path, capsys, text):
     assert "windows of 4096, but 9 are needed" in message
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", ""], "--prompt '' has no tokens"),
+        (["--samples", "0"], "cannot calibrate on 0 sequences of 16 tokens"),
+        (["--sequence-length", "1"], "cannot calibrate on 4 sequences of 1 tokens"),
+        (["--window", "1"], "cannot score all windows of 1 tokens"),
+        (["--windows", "0"], "cannot score 0 windows of 1024 tokens"),
+        (["--compare", "plain"], "unknown method 'plain': must be one of none, hadamard, torq"),
+        (["--modes", "w4a5"], "unknown mode 'w4a5' in --modes: must be one of w4a4, a4, w4"),
+        (["--option", "group"], "--option 'group': must be NAME=VALUE"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(tmp_path, capsys, text, options, message):
+    arguments = ["--hf", GOLDENS / "llama3", "--out", tmp_path / "out", *SMALL, "--evaluate", text]
+    defaults = [] if "--window" in options or "--windows" in options else ["--window", "64"]
+    assert message in error_of(capsys, *arguments, *defaults, *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_tells_each_default_once(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "(default: None)" not in printed and "(default: False)" not in printed
+    assert "calibration sequences (default: 128; with --demo: 32) --sequence-length" in printed
+    assert "(default: torq)" in printed
+
+
 def test_not_enough_room_is_known_before_anything_is_written(tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=3 << 20)
     monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: usage)
