@@ -61,6 +61,8 @@ def test_errors_name_both_values_and_the_remedy(operands):
         matmul(x, w, implementation="tpu")
     with pytest.raises(TorqError, match="activations have 128 features, the weight 64"):
         matmul(x, w[:, :64])
+    with pytest.raises(TorqError, match="activations have 64 features, the rotation 128"):
+        prepare(x[:, :64], torq_jax.identity(128), None)
     with pytest.raises(TorqError, match="activations have 128 features, the rotation 64"):
         matmul(x, w, torq_jax.identity(64))
     assert select(None) == "xla"

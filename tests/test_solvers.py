@@ -54,6 +54,28 @@ def test_unknown_method_and_option():
         solvers.solve("none", data, form="shared")
 
 
+@pytest.mark.parametrize(
+    ("method", "option", "value", "message"),
+    [
+        ("hadamard", "signs", "False", "signs of method 'hadamard' is 'False': must be of type bool"),
+        ("torq", "steps", "many", "steps of method 'torq' is 'many': must be of type int"),
+        ("torq", "steps", True, "steps of method 'torq' is True"),
+        ("torq", "group", 1.5, r"group of method 'torq' is 1\.5: must be of type int \| None"),
+        ("torq", "anticorrelation", "0,1", "must be of type float"),
+        ("torq", "rule", "mse", "rule of method 'torq' is 'mse': must be one of floor, ceil, even"),
+    ],
+)
+def test_options_of_the_wrong_kind(method, option, value, message):
+    with pytest.raises(TorqError, match=message):
+        solvers.check_options(method, {option: value})
+    with pytest.raises(TorqError, match=message):
+        solvers.solve(method, statistics(activations(2)), **{option: value})
+
+
+def test_numbers_of_other_types_are_options():
+    solvers.check_options("torq", {"steps": np.int64(3), "anticorrelation": 1, "group": None, "rule": "ceil"})
+
+
 @pytest.mark.parametrize("method", ["none", "hadamard", "torq"])
 def test_every_method_preserves_the_product(method):
     data = statistics(activations(3))

@@ -35,7 +35,8 @@ def matmul(
     changes the rounding only.
 
     Args:
-      x: activations, float32 or bfloat16. Features are padded with zeros to the transform's size.
+      x: activations, float32 or bfloat16. A last block that is not whole is
+        filled up with zeros.
       weight: ``[out, features]``, folded with ``transform``; MXFP4 in blocks along the features, or float.
       transform: the site's rotation; None leaves the activations as they are.
       activation_scale: scale rule for the activations' MXFP4 cast; None leaves them in float.
@@ -80,7 +81,8 @@ def prepare(
     size = x.shape[-1] if transform is None else transform.features
     if activation_scale is not None:
         size = mxfp4.padded_size(size)
-    if size < x.shape[-1]:
+    # Only a last block that is not whole is filled up: any other difference is a mistake.
+    if not 0 <= size - x.shape[-1] < mxfp4.BLOCK:
         raise TorqError(f"activations have {x.shape[-1]} features, the rotation {size}")
     if size > x.shape[-1]:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])

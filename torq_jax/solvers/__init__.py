@@ -7,7 +7,9 @@ nothing downstream knows a method by name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import numbers
+import typing
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -36,6 +38,7 @@ _WITHOUT_MOMENTS = frozenset({"none", "hadamard"})
 __all__ = [
     "METHODS",
     "Solution",
+    "check_options",
     "codebook_histogram",
     "entropy_bits",
     "fit",
@@ -104,13 +107,38 @@ def solve(method: str, statistics: SiteStatistics, *, seed: int = 0, **options: 
       A rotation with float64 numpy leaves, and a report.
 
     Raises:
-      TorqError: an unknown method or option, or what the method itself refuses.
+      TorqError: as :func:`check_options`, or what the method itself refuses.
+    """
+    check_options(method, options)
+    return _SOLVERS[method](statistics, seed=seed, **options)
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that a method does not have, or whose values are not of the kind that it declares.
+
+    Raises:
+      TorqError: an unknown method or option, or a value of another type or none of the names to choose from.
     """
     known = method_options(method)
-    for option in options:
+    kinds = typing.get_type_hints(_SOLVERS[method])
+    for option, value in options.items():
         if option not in known:
             raise TorqError(
                 f"method {method!r} has no option {option!r}: "
                 + (f"its options are {', '.join(known)}" if known else "it takes none but seed")
             )
-    return _SOLVERS[method](statistics, seed=seed, **options)
+        kind = kinds[option]
+        if typing.get_origin(kind) is typing.Literal:
+            if value not in typing.get_args(kind):
+                choices = ", ".join(typing.get_args(kind))
+                raise TorqError(f"{option} of method {method!r} is {value!r}: must be one of {choices}")
+        elif not _is_of_kind(value, typing.get_args(kind) or (kind,)):
+            name = getattr(kind, "__name__", str(kind))
+            raise TorqError(f"{option} of method {method!r} is {value!r}: must be of type {name}")
+
+
+def _is_of_kind(value: Any, kinds: tuple[type, ...]) -> bool:
+    if isinstance(value, bool):  # an integer to Python, but nobody means it as one
+        return bool in kinds
+    numbers_too: dict[type, type] = {int: numbers.Integral, float: numbers.Real}
+    return isinstance(value, tuple(numbers_too.get(kind, kind) for kind in kinds))
