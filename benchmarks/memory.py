@@ -135,7 +135,6 @@ def main() -> int:
         "settings": settings,
         "rows": rows,
         "limit_gib": LIMIT_GIB,
-        "driver_gib": own,
     }
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if passed else 1
