@@ -31,7 +31,7 @@ from convert.sources import Source
 from torq_jax import checkpoint, decoder, evaluate, mxfp4, rotation, solvers, statistics
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
 from torq_jax.decoder import SiteFormat
-from torq_jax.errors import ConversionError
+from torq_jax.errors import ConversionError, TorqError
 from torq_jax.matmul import dot, prepare
 from torq_jax.rotation import TwoLevelRotation
 from torq_jax.statistics import SiteStatistics
@@ -179,15 +179,12 @@ def convert(
 def check(config: DecoderConfig, settings: Settings) -> None:
     """Raise ConversionError for settings that do not exist or sizes that do not fit."""
     for method in (settings.method, *settings.compare):
-        if method not in solvers.METHODS:
-            raise ConversionError(f"unknown method {method!r}: must be one of {', '.join(solvers.METHODS)}")
-    known = solvers.method_options(settings.method)
-    for name, _ in settings.options:
-        if name not in known:
-            raise ConversionError(
-                f"method {settings.method!r} has no option {name!r}: "
-                + (f"must be one of {', '.join(known)}" if known else "it takes none")
-            )
+        try:
+            solvers.check_options(method, method_options(method, settings))
+        except TorqError as error:
+            raise ConversionError(str(error)) from error
+    if settings.seed < 0:
+        raise ConversionError(f"seed {settings.seed} must not be negative")
     for rule in (settings.weight_scale, settings.activation_scale):
         if rule not in mxfp4.SCALE_RULES:
             raise ConversionError(
@@ -206,6 +203,14 @@ def check(config: DecoderConfig, settings: Settings) -> None:
                 f"{what} {size} is not a multiple of {mxfp4.BLOCK}: pass --pad to fill the blocks of {site} up "
                 f"with zeros to {mxfp4.padded_size(size)}"
             )
+
+
+def method_options(method: str, settings: Settings) -> dict[str, Any]:
+    """The options that ``method`` is solved with."""
+    options: dict[str, Any] = {}
+    if "rule" in solvers.method_options(method):
+        options["rule"] = settings.activation_scale  # solved for the cast that will run
+    return options | (dict(settings.options) if method == settings.method else {})
 
 
 def online_parts(form: SiteFormat) -> list[str]:
@@ -366,11 +371,7 @@ class _Run:
     ) -> SolvedSite:
         """The site's rotation as it will be stored, and its weights folded with that."""
         start = time.monotonic()
-        options: dict[str, Any] = {}
-        if "rule" in solvers.method_options(method):
-            options["rule"] = self.settings.activation_scale  # solved for the cast that will run
-        if method == self.settings.method:
-            options |= dict(self.settings.options)
+        options = method_options(method, self.settings)
         solution = solvers.solve(method, gathered, seed=self.settings.seed, **options)
         seconds = time.monotonic() - start
         self.solver_seconds[method] = self.solver_seconds.get(method, 0.0) + seconds

@@ -257,6 +257,10 @@ def test_too_little_text_to_evaluate(tmp_path, capsys, text):
         (["--compare", "plain"], "unknown method 'plain': must be one of none, hadamard, torq"),
         (["--modes", "w4a5"], "unknown mode 'w4a5' in --modes: must be one of w4a4, a4, w4"),
         (["--option", "group"], "--option 'group': must be NAME=VALUE"),
+        (["--option", "groups=2"], "method 'torq' has no option 'groups': its options are form, group"),
+        (["--option", "steps=many"], "steps of method 'torq' is 'many': must be of type int"),
+        (["--activation-scale", "mse"], "rule of method 'torq' is 'mse': must be one of floor, ceil, even"),
+        (["--seed", "-1"], "seed -1 must not be negative"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(tmp_path, capsys, text, options, message):
@@ -331,6 +335,47 @@ def test_a_damaged_checkpoint_says_where(converted, tmp_path):
         torq_jax.load(copy)
     with pytest.raises(TorqError, match=r"holds no checkpoint: torq\.json is missing"):
         torq_jax.load(tmp_path)
+
+
+def _damage_manifest(folder):
+    manifest = json.loads((folder / "torq.json").read_text())
+    del manifest["sites"]["attn_out"]
+    (folder / "torq.json").write_text(json.dumps(manifest))
+
+
+def _damage_tokenizer(folder):
+    (folder / "tokenizer" / "tokenizer.json").write_text('{"a":')
+
+
+def _damage_arrays(folder):
+    for file in (folder / "layers" / "00000").glob("ocdbt.process_0/d/*"):
+        file.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_damage_manifest, "torq.json is damaged: KeyError: 'attn_out'"),
+        (_damage_tokenizer, "checkpoint is damaged: the tokenizer in"),
+        (_damage_arrays, "checkpoint is damaged:"),
+    ],
+)
+def test_damage_is_told_in_a_line(converted, tmp_path, damage, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(converted, copy)
+    damage(copy)
+    command = [sys.executable, "-m", "torq_jax.generate", str(copy), "--prompt", "the"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 1 and f"error: {message}" in done.stderr.replace(f"{copy}/", "")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_is_written_through_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    assert convert("llama3", tmp_path / "link", "--method", "none") == 0
+    assert convert("llama3", tmp_path / "link", "--method", "hadamard", "--overwrite") == 0
+    assert sorted(os.listdir(tmp_path)) == ["disk", "link"] and (tmp_path / "link").is_symlink()
+    assert read_manifest(tmp_path / "disk")["settings"]["method"] == "hadamard"
 
 
 def test_command_lines_of_the_checkpoint(converted, text, capsys):

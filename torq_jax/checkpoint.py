@@ -91,9 +91,9 @@ class CheckpointWriter:
 
 @contextlib.contextmanager
 def _quiet_failures() -> Iterator[None]:
-    """Keep a failed write from filling the terminal: its error is raised, and needs no log beside it.
+    """Keep a failed write or read from filling the terminal: its error is raised, and needs no log beside it.
 
-    Orbax logs it once more with its stack, and every other write that was under way then finds its event loop
+    Orbax logs it once more with its stack, and every other one that was under way then finds its event loop
     closed and says so through the interpreter's hook, from a thread of its own.
     """
     hook, logger = sys.unraisablehook, logging.getLogger("absl")
@@ -107,7 +107,7 @@ def _quiet_failures() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL)
     try:
         yield
-        sys.unraisablehook = hook  # after a failure it stays: the writes under way may end at any time
+        sys.unraisablehook = hook  # after a failure it stays: those under way may end at any time
     finally:
         logger.setLevel(level)
 
@@ -121,7 +121,7 @@ def writing(directory: str | os.PathLike[str], *, overwrite: bool = False) -> It
     Raises:
       ConversionError: the directory exists (and ``overwrite`` is not set), or it cannot be written.
     """
-    target = Path(directory).absolute()
+    target = Path(directory).resolve()  # through links: a directory cannot be renamed onto one
     check_target(target, overwrite=overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -198,8 +198,11 @@ def load(directory: str | os.PathLike[str], *, dtype: Any = None, dequantize: bo
     dtype = jnp.dtype(dtype if dtype is not None else jnp.float32 if on_cpu else jnp.bfloat16)
     dequantize = on_cpu if dequantize is None else dequantize
 
-    config = DecoderConfig.from_json(manifest["config"])
-    formats = {site: SiteFormat.from_json(manifest["sites"][site]) for site in SITES}
+    try:
+        config = DecoderConfig.from_json(manifest["config"])
+        formats = {site: SiteFormat.from_json(manifest["sites"][site]) for site in SITES}
+    except (KeyError, TypeError) as error:
+        raise TorqError(f"{directory / MANIFEST} is damaged: {type(error).__name__}: {error}") from error
     layers: Any = None
     for index in range(config.num_layers):
         layer = restore(directory / "layers" / f"{index:05d}")
@@ -230,7 +233,7 @@ def restore(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise TorqError(f"checkpoint is incomplete: {path} is missing")
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _quiet_failures(), ocp.StandardCheckpointer() as checkpointer:
             return jax.tree.map(np.asarray, checkpointer.restore(path.absolute()))
     except (OSError, ValueError, KeyError) as error:
         raise TorqError(f"checkpoint is damaged: {path} cannot be read: {_first_line(error)}") from error
@@ -253,12 +256,21 @@ def decode_site(
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer in ``directory``, or None if there is none. No remote code is run."""
+    """The tokenizer in ``directory``, or None if there is none. No remote code is run.
+
+    Raises:
+      TorqError: its files are damaged.
+    """
     if not directory.is_dir():
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise TorqError(
+            f"checkpoint is damaged: the tokenizer in {directory} cannot be read: {_first_line(error)}"
+        ) from error
 
 
 def directory_bytes(directory: Path, *parts: str) -> int:
