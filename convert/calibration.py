@@ -115,8 +115,9 @@ def _download(repository: str, file: str) -> Path:
     try:
         return Path(hf_hub_download(repository, file, repo_type="dataset"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConversionError(
-            f"cannot download {file} of the data set {repository}: {str(error).splitlines()[0]}; pass "
+            f"cannot download {file} of the data set {repository}: {reason}; pass "
             "--calibration bundled or a text file to do without"
         ) from error
 

@@ -33,7 +33,7 @@ def _split(expression: str) -> pre_tokenizers.PreTokenizer:
     )
 
 
-def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
+def _pre_tokenizer(name: str | None) -> pre_tokenizers.PreTokenizer | None:
     if name in ("smollm", "refact", "starcoder"):
         digits = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -41,9 +41,9 @@ def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
         return _split(_LLAMA3_SPLIT)
     if name == "qwen2":
         return _split(_QWEN2_SPLIT)
-    if name in ("default", "gpt-2"):
+    if name == "gpt-2":
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return None
+    return None  # "default" among them: files from before the name was written, whose split nobody knows
 
 
 def build(metadata: Mapping[str, Any], where: str) -> Any:
@@ -56,7 +56,7 @@ def build(metadata: Mapping[str, Any], where: str) -> Any:
     Raises:
       ConversionError: no tokenizer in the file, or one of a kind that is not supported.
     """
-    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
     if kind != "gpt2" or not tokens or merges is None:
         raise ConversionError(
@@ -64,7 +64,7 @@ def build(metadata: Mapping[str, Any], where: str) -> Any:
             "from the model's safetensors instead, or pass --calibration random"
         )
     split = _pre_tokenizer(pre)
-    if split is None:
+    if pre is None or split is None:
         raise ConversionError(
             f"{where}: tokenizer.ggml.pre {pre!r} is not supported: must be one of smollm, llama-bpe, qwen2, "
             "gpt-2; convert from the model's safetensors instead, or pass --calibration random"
@@ -79,6 +79,8 @@ def build(metadata: Mapping[str, Any], where: str) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    if len(kinds) != len(tokens):
+        raise ConversionError(f"{where}: the tokenizer has {len(tokens)} tokens but {len(kinds)} token types")
     tokenizer.add_special_tokens(
         [
             AddedToken(t, special=True, normalized=False)
@@ -100,7 +102,11 @@ def _wrap(tokenizer: Tokenizer, tokens: list[str], metadata: Mapping[str, Any]) 
         index = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
         if index is not None and 0 <= int(index) < len(tokens):
             special[f"{ours}_token"] = tokens[int(index)]
-    if metadata.get("tokenizer.ggml.add_bos_token") and "bos_token" in special:
+    # Where the file does not say, llama.cpp begins a text with BOS for Llama 3, as its tokenizer.json does.
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token")
+    if add_bos is None:
+        add_bos = str(metadata["tokenizer.ggml.pre"]).startswith("llama")
+    if add_bos and "bos_token" in special:
         bos = special["bos_token"]
         tokenizer.post_processor = processors.Sequence(
             [

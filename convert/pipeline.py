@@ -138,7 +138,7 @@ def convert(
     config = source.config
     check(config, settings)
     checkpoint.check_target(out, overwrite=overwrite)
-    _check_space(out, _checkpoint_bytes(config, settings))
+    _check_space(out, _checkpoint_bytes(source, settings))
     run = _Run(source, settings, calibration, evaluation)
     with checkpoint.writing(out, overwrite=overwrite) as writer:
         with run.timed("embeddings"):
@@ -660,10 +660,11 @@ def _weight_bytes(values: Mapping[str, Any]) -> int:
     return sum(v.nbytes for k, v in values.items() if k not in keep and not k.endswith("_bias"))
 
 
-def _checkpoint_bytes(config: DecoderConfig, settings: Settings) -> int:
-    """About how large the checkpoint will be, from above: uncompressed, with matrices as wide as they get."""
-    linear = config.linear_parameters() * (17 / 32 if settings.weights == "mxfp4" else 2)
-    outer = config.vocab_size * config.hidden_size * (2 if config.tie_embeddings else 4)
+def _checkpoint_bytes(source: Source, settings: Settings) -> int:
+    """About how large the checkpoint will be: uncompressed, without rotations and padding."""
+    config, itemsize = source.config, np.dtype(source.float_dtype).itemsize
+    linear = config.linear_parameters() * (17 / 32 if settings.weights == "mxfp4" else itemsize)
+    outer = config.vocab_size * config.hidden_size * itemsize * (1 if config.tie_embeddings else 2)
     return int(linear + outer) + (8 << 20)
 
 

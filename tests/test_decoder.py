@@ -180,3 +180,11 @@ def test_filling_with_wrong_parameters_names_them():
     model = golden_model("llama3")
     with pytest.raises(TorqError, match=r"parameter embed has shape .*missing.*: the model needs"):
         decoder.fill(model, {})
+
+
+def test_a_full_cache_is_an_error():
+    model = golden_model("qwen3-tied")
+    _, cache = model(jnp.zeros((1, 6), jnp.int32), model.init_cache(1, 8))
+    with pytest.raises(TorqError, match="room for 8 tokens and holds 6: 3 more do not fit"):
+        model(jnp.zeros((1, 3), jnp.int32), cache)
+    assert int(model(jnp.zeros((1, 2), jnp.int32), cache)[1].length) == 8

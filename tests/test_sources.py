@@ -19,7 +19,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.numpy import load_file
 
-from convert import fetch, sources
+from convert import fetch, gguf_tokenizer, sources
 from convert.names import expected_tensors
 from convert.sources import open_source
 from torq_jax.config import RopeScaling
@@ -561,6 +561,32 @@ def test_gguf_tokenizer_agrees_with_the_directory_s(tmp_path):
         assert ours.decode(ids) == theirs.decode(ids)
     chat = [{"role": "user", "content": "hello"}]
     assert ours.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("pre", "says", "ids"),
+    [
+        ("llama-bpe", None, [0, 1]),  # as Llama 3's tokenizer.json
+        ("llama-bpe", False, [1]),
+        ("qwen2", None, [1]),
+        ("qwen2", True, [0, 1]),
+    ],
+)
+def test_gguf_tokenizer_begins_with_bos_as_llama_cpp_does(pre, says, ids):
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": ["<s>", "a"],
+        "tokenizer.ggml.token_type": [3, 1],
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.bos_token_id": 0,
+    } | ({} if says is None else {"tokenizer.ggml.add_bos_token": says})
+    assert gguf_tokenizer.build(metadata, "tiny.gguf")("a")["input_ids"] == ids
+    with pytest.raises(ConversionError, match="has 2 tokens but 1 token types"):
+        gguf_tokenizer.build(metadata | {"tokenizer.ggml.token_type": [1]}, "tiny.gguf")
+    for unknown in ("default", None):  # nothing tells how such a model splits its text into words
+        with pytest.raises(ConversionError, match=f"tokenizer.ggml.pre {unknown!r} is not supported"):
+            gguf_tokenizer.build(metadata | {"tokenizer.ggml.pre": unknown}, "tiny.gguf")
 
 
 def test_gguf_without_a_tokenizer(tmp_path):

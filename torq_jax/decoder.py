@@ -234,7 +234,19 @@ class Decoder(nnx.Module):
     def hidden(
         self, tokens: Int32[Array, "b t"], cache: KVCache | None = None
     ) -> tuple[Float[Array, "b t H"], KVCache | None]:
-        """The residual stream after the last layer, before the final norm, and the cache as in a call."""
+        """The residual stream after the last layer, before the final norm, and the cache as in a call.
+
+        Raises:
+          TorqError: tokens for which the cache has no room, as far as its length is known while tracing.
+        """
+        if cache is not None:
+            used = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
+            room = cache.keys.shape[2]
+            if used + tokens.shape[1] > room:
+                raise TorqError(
+                    f"the cache has room for {room} tokens and holds {used}: {tokens.shape[1]} more do not fit; "
+                    "make a longer one with init_cache"
+                )
         x = self.embed[...][tokens].astype(self.dtype)
         start = jnp.int32(0) if cache is None else cache.length
         rope = rope_tables(self.config, start + jnp.arange(tokens.shape[1]))
