@@ -91,7 +91,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 6])
-    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--method", default="torq")
     parser.add_argument(

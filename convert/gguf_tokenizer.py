@@ -54,7 +54,7 @@ def build(metadata: Mapping[str, Any], where: str) -> Any:
       where: the file's name, for errors.
 
     Raises:
-      ConversionError: no tokenizer in the file, or one of a kind that is not supported.
+      ConversionError: no tokenizer in the file, one of a kind that is not supported, or a damaged one.
     """
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
@@ -70,7 +70,7 @@ def build(metadata: Mapping[str, Any], where: str) -> Any:
             "gpt-2; convert from the model's safetensors instead, or pass --calibration random"
         )
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    pairs = [_pair(merge, vocabulary, where) for merge in merges]
     # llama.cpp takes a word that is a token as it is for Llama 3, as tokenizer.json's ignore_merges does.
     tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre.startswith("llama")))
     if pre == "qwen2":
@@ -92,6 +92,23 @@ def build(metadata: Mapping[str, Any], where: str) -> Any:
         [AddedToken(t, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == _USER_DEFINED]
     )
     return _wrap(tokenizer, tokens, metadata)
+
+
+def _pair(merge: Any, vocabulary: Mapping[str, int], where: str) -> tuple[str, str]:
+    # The library that takes the merges panics at bad ones, or names neither the file nor the merge.
+    parts = tuple(merge.split(" ")) if isinstance(merge, str) else ()
+    if len(parts) != 2 or not all(parts):
+        raise ConversionError(
+            f"{where}: the tokenizer's merge {merge!r} must be two tokens with a space between: the file is "
+            "damaged: fetch it again"
+        )
+    for token in (*parts, "".join(parts)):
+        if token not in vocabulary:
+            raise ConversionError(
+                f"{where}: the tokenizer's merge {merge!r} needs the token {token!r}, which is not in its "
+                "vocabulary: the file is damaged: fetch it again"
+            )
+    return parts
 
 
 def _wrap(tokenizer: Tokenizer, tokens: list[str], metadata: Mapping[str, Any]) -> Any:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert import names
+from convert import names, report, streams
 from convert.calibration import Calibration
 from convert.progress import LayerProgress
 from convert.sources import Source
@@ -138,17 +138,17 @@ def convert(
     config = source.config
     check(config, settings)
     checkpoint.check_target(out, overwrite=overwrite)
-    _check_space(out, _checkpoint_bytes(source, settings))
     run = _Run(source, settings, calibration, evaluation)
+    _check_space(out, _checkpoint_bytes(source, settings) + (run.stream_bytes() if run.in_files() else 0))
     with checkpoint.writing(out, overwrite=overwrite) as writer:
         with run.timed("embeddings"):
             progress.stage("embeddings")
-            run.embed()
+            run.embed(writer.directory / "streams")
         for index in range(config.num_layers):
             run.layer(index, writer, progress)
             progress.advance()
         progress.stage("writing")
-        run.stream.clear()  # the largest thing in memory, and done with
+        run.stream.clear()
         with run.timed("outer"):
             for name in names.outer_tensors(config):
                 writer.outer(name, run.stored_outer(name))
@@ -157,6 +157,7 @@ def convert(
         progress.stage("perplexity")
         with run.timed("perplexity"):
             rows = run.rows()
+        run.clear()
         writer.manifest(
             {
                 "name": source.name,
@@ -170,10 +171,11 @@ def convert(
                 "versions": versions(),
             }
         )
-    report = run.report(rows, out)
-    if tokenizer is None:
-        report["warnings"].append("the source has no tokenizer: the checkpoint generates from token ids only")
-    return report
+        result = run.report(rows, writer.directory)
+        if tokenizer is None:
+            result["warnings"].append("no tokenizer: the checkpoint generates from token ids only")
+        report.write_report(result, writer.directory)
+    return result
 
 
 def check(config: DecoderConfig, settings: Settings) -> None:
@@ -268,20 +270,39 @@ class _Run:
 
     # -- streams -------------------------------------------------------------------------------------------
 
-    def embed(self) -> None:
+    def stream_bytes(self) -> int:
+        """Bytes of all streams together."""
+        tokens = self.calibration.tokens.size
+        if self.evaluation is not None:
+            tokens += self.evaluation.tokens.size * len(self.variants)
+        return 4 * tokens * self.config.hidden_size
+
+    def in_files(self) -> bool:
+        """Whether the streams are too large for memory."""
+        return self.stream_bytes() > streams.IN_MEMORY_BYTES
+
+    def embed(self, folder: Path) -> None:
         """Start the streams: residual streams of one sequence each, ``[1, t, H]`` float32 on the host."""
+        self.folder = folder
         table = self.source.read(names.outer_tensors(self.config)["embed"])
         stored = np.dtype(self.source.float_dtype)
 
-        def start(tokens: np.ndarray, dtype: Any) -> list[np.ndarray]:
-            return [table[row][None].astype(dtype).astype(np.float32) for row in tokens]
+        def start(name: str, tokens: np.ndarray, dtype: Any) -> streams.Stream:
+            arrays = (table[row][None].astype(dtype).astype(np.float32) for row in tokens)
+            return streams.FileStream(folder / name, arrays) if self.in_files() else list(arrays)
 
-        self.stream = start(self.calibration.tokens, table.dtype)
+        self.stream = start("calibration", self.calibration.tokens, table.dtype)
         self.streams = {
-            v: start(self.evaluation.tokens, table.dtype if v is FLOAT else stored)
+            v: start(v.label, self.evaluation.tokens, table.dtype if v is FLOAT else stored)
             for v in self.variants
             if self.evaluation is not None
         }
+
+    def clear(self) -> None:
+        """Drop the streams, and their files."""
+        for stream in (self.stream, *self.streams.values()):
+            stream.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def layer(self, index: int, writer: checkpoint.CheckpointWriter, progress: LayerProgress) -> None:
         """Take every stream through layer ``index`` and write the chosen method's shard of it."""
@@ -317,7 +338,11 @@ class _Run:
                         )
                     if method == self.settings.method:
                         form, shard[site] = self.site(site, solved, parameters[site], self.chosen)
-                        self.formats.setdefault(site, form)
+                        if self.formats.setdefault(site, form) != form:
+                            raise ConversionError(
+                                f"layer {index}, {site}: the rotation has format {form}, that of layer 0 "
+                                f"{self.formats[site]}: all layers must share one"
+                            )
                         if index == 0:
                             self.linear_bytes += self.config.num_layers * _weight_bytes(shard[site])
                 if method == self.settings.method:

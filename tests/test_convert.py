@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import torq_jax
-from convert import pipeline
+from convert import pipeline, streams
 from convert.__main__ import default_name, main
 from tests.test_decoder import GOLDENS, golden_model
 from torq_jax import data, evaluate, generate
@@ -376,6 +376,28 @@ def test_a_checkpoint_is_written_through_a_link(tmp_path):
     assert convert("llama3", tmp_path / "link", "--method", "hadamard", "--overwrite") == 0
     assert sorted(os.listdir(tmp_path)) == ["disk", "link"] and (tmp_path / "link").is_symlink()
     assert read_manifest(tmp_path / "disk")["settings"]["method"] == "hadamard"
+
+
+def test_a_flipped_bit_is_noticed(converted, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(converted, copy)
+    file = max((copy / "layers" / "00000").rglob("*"), key=lambda f: f.stat().st_size if f.is_file() else 0)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(content)
+    with pytest.raises(TorqError, match=r"checkpoint is damaged: .* is not what was written"):
+        torq_jax.load(copy)
+
+
+def test_streams_in_files_change_nothing(tmp_path, monkeypatch, text):
+    options = ["--evaluate", str(text), "--window", "64", "--windows", "2"]
+    assert convert("llama3", tmp_path / "memory", *options) == 0
+    monkeypatch.setattr(streams, "IN_MEMORY_BYTES", 0)
+    assert convert("llama3", tmp_path / "files", *options) == 0
+    first, second = (json.loads((tmp_path / d / "report.json").read_text()) for d in ("memory", "files"))
+    assert first["evaluation"] == second["evaluation"]
+    assert read_manifest(tmp_path / "memory")["files"] == read_manifest(tmp_path / "files")["files"]
+    assert not (tmp_path / "files" / "streams").exists()
 
 
 def test_command_lines_of_the_checkpoint(converted, text, capsys):

@@ -15,6 +15,7 @@ is a complete checkpoint.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -69,8 +70,13 @@ class CheckpointWriter:
 
     def manifest(self, data: Mapping[str, Any]) -> None:
         """Write the manifest; last, since it marks the checkpoint complete."""
-        text = json.dumps({"format": FORMAT, "version": VERSION, **data}, indent=1)
+        text = json.dumps({"format": FORMAT, "version": VERSION, **data, "files": self._hashes()}, indent=1)
         (self.directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+    def _hashes(self) -> dict[str, str]:
+        """sha256 of every file that holds parameters, by its place in the checkpoint."""
+        files = (f for part in ("layers", "outer") for f in (self.directory / part).rglob("*") if f.is_file())
+        return {f.relative_to(self.directory).as_posix(): _sha256(f) for f in sorted(files)}
 
     def _save(self, path: Path, tree: Mapping[str, Any]) -> None:
         arrays = jax.tree.map(np.asarray, dict(tree))
@@ -205,7 +211,7 @@ def load(directory: str | os.PathLike[str], *, dtype: Any = None, dequantize: bo
         raise TorqError(f"{directory / MANIFEST} is damaged: {type(error).__name__}: {error}") from error
     layers: Any = None
     for index in range(config.num_layers):
-        layer = restore(directory / "layers" / f"{index:05d}")
+        layer = _restore_checked(directory, manifest, f"layers/{index:05d}")
         if dequantize:
             layer = {
                 name: decode_site(value, config, name, formats[name], dtype) if name in SITES else value
@@ -216,7 +222,7 @@ def load(directory: str | os.PathLike[str], *, dtype: Any = None, dequantize: bo
         _copy_into(layers, layer, index, directory)
     outer: dict[str, Any] = {}
     for name in ("embed", "norm") if config.tie_embeddings else ("embed", "norm", "lm_head"):
-        outer |= restore(directory / "outer" / name)
+        outer |= _restore_checked(directory, manifest, f"outer/{name}")
     if dequantize:
         formats = {site: _decoded(form) for site, form in formats.items()}
     model = nnx.eval_shape(lambda: Decoder(config, formats, dtype=dtype))
@@ -237,6 +243,30 @@ def restore(path: Path) -> dict[str, Any]:
             return jax.tree.map(np.asarray, checkpointer.restore(path.absolute()))
     except (OSError, ValueError, KeyError) as error:
         raise TorqError(f"checkpoint is damaged: {path} cannot be read: {_first_line(error)}") from error
+
+
+def _restore_checked(directory: Path, manifest: Mapping[str, Any], part: str) -> dict[str, Any]:
+    if not (directory / part).is_dir():
+        raise TorqError(f"checkpoint is incomplete: {directory / part} is missing")
+    check_files(directory, manifest, part)
+    return restore(directory / part)
+
+
+def check_files(directory: Path, manifest: Mapping[str, Any], part: str) -> None:
+    """Compare the files of one part of a checkpoint, such as ``layers/00000``, with the manifest's hashes.
+
+    Raises:
+      TorqError: a file that is missing or not what was written.
+    """
+    for name, expected in manifest.get("files", {}).items():
+        if name.startswith(part + "/"):
+            file = directory / name
+            if not file.is_file():
+                raise TorqError(f"checkpoint is incomplete: {file} is missing")
+            if _sha256(file) != expected:
+                raise TorqError(
+                    f"checkpoint is damaged: {file} is not what was written: convert or copy it again"
+                )
 
 
 def decode_site(
@@ -277,6 +307,11 @@ def directory_bytes(directory: Path, *parts: str) -> int:
     """Bytes of all files below ``directory``, or below the named parts of it."""
     roots = [directory / part for part in parts] or [directory]
     return sum(f.stat().st_size for root in roots for f in root.rglob("*") if f.is_file())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _decoded(form: SiteFormat) -> SiteFormat:
