@@ -139,6 +139,7 @@ LLAMA = {
     "rope_theta": 5e5,
     "hidden_act": "silu",
 }
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 @pytest.mark.parametrize(
@@ -153,6 +154,19 @@ LLAMA = {
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"use_sliding_window": True}, "sliding-window attention is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "field 'low_freq_factor' is None"),
+        ({"rope_scaling": LLAMA3_ROPE | {"factor": 0}}, "factor is 0.0: must be positive"),
+        ({"rope_scaling": LLAMA3_ROPE | {"factor": -8.0}}, "factor is -8.0: must be positive"),
+        ({"rope_scaling": LLAMA3_ROPE | {"factor": float("nan")}}, "factor is nan: must be positive"),
+        (
+            {"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 1.0}},
+            "high_freq_factor 1.0 must be larger than low_freq_factor 1.0",
+        ),
+        ({"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 0}}, "low_freq_factor 0.0, and both positive"),
+        ({"eos_token_id": "</s>"}, "field 'eos_token_id' is '</s>': must be a token id"),
+        ({"eos_token_id": [1, 2.5]}, r"field 'eos_token_id' is \[1, 2.5\]: must be a token id"),
+        ({"eos_token_id": True}, "field 'eos_token_id' is True"),
+        ({"bos_token_id": 1.0}, "field 'bos_token_id' is 1.0"),
+        ({"bos_token_id": [1, 2]}, r"field 'bos_token_id' is \[1, 2\]: must be one token id"),
     ],
 )
 def test_configurations_that_the_decoder_cannot_run_are_errors(change, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -134,8 +135,9 @@ class DecoderConfig:
             raise ConversionError(f"{where}: head_dim {head_dim} is odd: rotary embedding needs pairs")
         positions = _integer(config, "max_position_embeddings", where, default=2048)
         theta, scaling = _rope(config, positions, where)
-        eos = config.get("eos_token_id")
-        eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+        bos_ids = _token_ids(config, "bos_token_id", where)
+        if len(bos_ids) > 1:
+            raise ConversionError(f"{where}: field 'bos_token_id' is {list(bos_ids)}: must be one token id")
         return cls(
             architecture=architecture,
             vocab_size=_integer(config, "vocab_size", where),
@@ -153,8 +155,8 @@ class DecoderConfig:
             attention_bias=bool(config.get("attention_bias", False)),
             mlp_bias=bool(config.get("mlp_bias", False)) and architecture == "llama",
             qk_norm=architecture == "qwen3",
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=eos_ids,
+            bos_token_id=bos_ids[0] if bos_ids else None,
+            eos_token_ids=_token_ids(config, "eos_token_id", where),
         )
 
 
@@ -189,6 +191,16 @@ def _number(config: Mapping[str, Any], key: str, where: str, default: float | No
     return float(value)
 
 
+def _token_ids(config: Mapping[str, Any], key: str, where: str) -> tuple[int, ...]:
+    value = config.get(key)
+    ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise ConversionError(
+            f"{where}: field {key!r} is {value!r}: must be a token id (an integer), or a list"
+        )
+    return ids
+
+
 def _rope(config: Mapping[str, Any], positions: int, where: str) -> tuple[float, RopeScaling | None]:
     # transformers 5 writes one "rope_parameters"; transformers 4 wrote "rope_theta" and "rope_scaling".
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
@@ -200,10 +212,20 @@ def _rope(config: Mapping[str, Any], positions: int, where: str) -> tuple[float,
         return theta, None
     if kind != "llama3":
         raise ConversionError(f"{where}: rope type {kind!r} is not supported: must be 'default' or 'llama3'")
+    factor, low, high = (
+        _number(rope, key, where) for key in ("factor", "low_freq_factor", "high_freq_factor")
+    )
+    if not 0 < factor < math.inf:
+        raise ConversionError(f"{where}: rope scaling's factor is {factor}: must be positive")
+    if not 0 < low < high < math.inf:  # wavelengths between the two are blended: none lies between otherwise
+        raise ConversionError(
+            f"{where}: rope scaling's high_freq_factor {high} must be larger than low_freq_factor {low}, and both "
+            "positive"
+        )
     return theta, RopeScaling(
-        factor=_number(rope, "factor", where),
-        low_freq_factor=_number(rope, "low_freq_factor", where),
-        high_freq_factor=_number(rope, "high_freq_factor", where),
+        factor=factor,
+        low_freq_factor=low,
+        high_freq_factor=high,
         original_max_position_embeddings=_integer(
             rope, "original_max_position_embeddings", where, default=positions
         ),
