@@ -589,6 +589,29 @@ def test_gguf_tokenizer_begins_with_bos_as_llama_cpp_does(pre, says, ids):
             gguf_tokenizer.build(metadata | {"tokenizer.ggml.pre": unknown}, "tiny.gguf")
 
 
+@pytest.mark.parametrize(
+    ("merge", "message"),
+    [
+        ("ab", "merge 'ab' must be two tokens with a space between"),
+        ("a ", "merge 'a ' must be two tokens"),
+        ("a b c", "merge 'a b c' must be two tokens"),
+        (7, "merge 7 must be two tokens"),
+        ("a z", "merge 'a z' needs the token 'z', which is not in its vocabulary"),
+        ("b a", "merge 'b a' needs the token 'ba'"),
+    ],
+)
+def test_gguf_tokenizer_with_damaged_merges(merge, message):
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": ["a", "b", "ab"],
+        "tokenizer.ggml.merges": ["a b"],
+    }
+    assert gguf_tokenizer.build(metadata, "tiny.gguf")("ab")["input_ids"] == [2]
+    with pytest.raises(ConversionError, match=f"tiny.gguf: the tokenizer's {message}"):
+        gguf_tokenizer.build(metadata | {"tokenizer.ggml.merges": ["a b", merge]}, "tiny.gguf")
+
+
 def test_gguf_without_a_tokenizer(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", "llama3")
     with pytest.raises(ConversionError, match="--calibration random"):
