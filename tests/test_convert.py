@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -135,13 +136,16 @@ def test_quantised_model_is_near_the_float_one(tmp_path):
 
 
 def test_conversion_is_reproducible(tmp_path):
-    trees = []
     for out in (tmp_path / "a", tmp_path / "b"):
         assert convert("llama3", out) == 0
-        trees.append(torq_jax.checkpoint.restore(out / "layers" / "00001"))
-    a, b = (sorted(t["mlp_out"].items()) for t in trees)
-    for (name, x), (_, y) in zip(a, b, strict=True):
-        np.testing.assert_array_equal(x, y, err_msg=name)
+    assert_same_layer(tmp_path / "a", tmp_path / "b", "layers/00001")
+
+
+def assert_same_layer(a, b, layer):
+    """Bit for bit the same parameters; Orbax's files hold times and random names besides."""
+    left, right = torq_jax.checkpoint.restore(a / layer), torq_jax.checkpoint.restore(b / layer)
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
 def test_sizes_that_are_no_multiple_of_32(tmp_path, capsys):
@@ -396,7 +400,7 @@ def test_streams_in_files_change_nothing(tmp_path, monkeypatch, text):
     assert convert("llama3", tmp_path / "files", *options) == 0
     first, second = (json.loads((tmp_path / d / "report.json").read_text()) for d in ("memory", "files"))
     assert first["evaluation"] == second["evaluation"]
-    assert read_manifest(tmp_path / "memory")["files"] == read_manifest(tmp_path / "files")["files"]
+    assert_same_layer(tmp_path / "memory", tmp_path / "files", "layers/00001")
     assert not (tmp_path / "files" / "streams").exists()
 
 
