@@ -1,5 +1,7 @@
 """Generation: cached decoding against whole passes, sampling, streaming."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,12 +35,25 @@ def test_a_seed_gives_the_same_tokens_again(model):
     assert first == again != other
 
 
-def test_generation_stops_at_the_end_of_sequence(model):
-    end = model.config.eos_token_ids[0]
-    tokens = list(generate_tokens(model, [3], max_tokens=400, temperature=3.0, seed=0))
-    # At this temperature every one of 288 tokens is likely; it must not go on past the end.
-    assert end not in tokens[:-1]
-    assert len(tokens) == 400 or tokens[-1] == end
+def test_generation_stops_at_the_end_of_sequence(model, monkeypatch):
+    made = list(generate_tokens(model, [3, 4], max_tokens=12, temperature=1.0))
+    end = made[7]
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, eos_token_ids=(287, end)))
+    stopped = list(generate_tokens(model, [3, 4], max_tokens=12, temperature=1.0))
+    assert stopped == made[: made.index(end) + 1]
+
+
+def test_generation_stops_with_a_warning_where_the_positions_end(model, monkeypatch, caplog):
+    # 128 positions; the last token made is read by nobody, so it needs none.
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, eos_token_ids=()))
+    assert model.config.max_position_embeddings == 128
+    assert len(list(generate_tokens(model, [3] * 120, max_tokens=9))) == 9 and not caplog.records
+    made = list(generate_tokens(model, [3] * 120, max_tokens=400))
+    assert len(made) == 9
+    assert "stopped after 9 of 400 tokens: prompt and text fill the model's 128 positions" in caplog.text
+    assert len(list(generate_tokens(model, [3] * 128, max_tokens=2))) == 1
+    with pytest.raises(TorqError, match="the prompt has 129 tokens, the model has positions for 128"):
+        generate_tokens(model, [3] * 129)
 
 
 def test_sampling_keeps_to_its_limits():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import math
 import os
 import sys
@@ -19,6 +20,8 @@ from jaxtyping import Array, Float, Int32
 from torq_jax.decoder import Decoder, KVCache
 from torq_jax.errors import TorqError
 from torq_jax.matmul import select
+
+_log = logging.getLogger(__name__)
 
 BUCKET = 64
 """Prompt and cache lengths are rounded up to this, so that few shapes are ever compiled."""
@@ -36,7 +39,8 @@ def generate_tokens(
 ) -> Iterator[int]:
     """Token ids that follow ``prompt``, as they are made.
 
-    Stops after an end-of-sequence token or ``max_tokens``.
+    Stops after an end-of-sequence token or ``max_tokens``; and, with a warning in the log, when prompt and tokens
+    fill the model's ``max_position_embeddings``.
 
     Args:
       model: a decoder.
@@ -48,10 +52,17 @@ def generate_tokens(
       seed: of the sampling; the same seed gives the same text.
 
     Raises:
-      TorqError: an empty prompt, a token outside the vocabulary, or a setting out of range.
+      TorqError: an empty prompt, one longer than the model's positions, a token outside the vocabulary, or a
+        setting out of range.
     """
     if not len(prompt):
         raise TorqError("the prompt has no tokens")
+    positions = model.config.max_position_embeddings
+    if len(prompt) > positions:
+        raise TorqError(
+            f"the prompt has {len(prompt)} tokens, the model has positions for {positions} (its "
+            "max_position_embeddings): shorten the prompt"
+        )
     if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
         raise TorqError(
             f"the prompt has token {max(prompt)} outside the vocabulary of {model.config.vocab_size}"
@@ -78,14 +89,25 @@ def _generate(
     length = _bucket(len(prompt))
     tokens = np.zeros((1, length), np.int32)
     tokens[0, : len(prompt)] = prompt
-    cache = model.init_cache(1, _bucket(len(prompt) + max_tokens))
+    # The last token made is never read again and so needs no position: at a full context one can still be made.
+    room = model.config.max_position_embeddings - len(prompt) + 1
+    count = min(max_tokens, room)
+    cache = model.init_cache(1, _bucket(len(prompt) + count))
     logits, cache = _prefill(graph, state, jnp.asarray(tokens), cache, jnp.int32(len(prompt)))
     key = jax.random.key(seed)
-    for step in range(max_tokens):
+    for step in range(count):
         key, own = jax.random.split(key)
         token = int(sample(logits, own, temperature=temperature, top_k=top_k, top_p=top_p)[0])
         yield token
         if token in model.config.eos_token_ids or step == max_tokens - 1:
+            return
+        if step == count - 1:
+            _log.warning(
+                "stopped after %d of %d tokens: prompt and text fill the model's %d positions",
+                count,
+                max_tokens,
+                model.config.max_position_embeddings,
+            )
             return
         logits, cache = _step(graph, state, jnp.full((1, 1), token, jnp.int32), cache)
 
