@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
+from convert import fetch
 from torq_jax import data, evaluate
 from torq_jax.errors import ConversionError
 
@@ -95,30 +98,29 @@ def _text(source: str) -> tuple[str, str, str]:
         return text, digest, f"bundled {data.CALIBRATION}"
     if source in _HUB:
         repository, file = _HUB[source]
-        path = _download(repository, file)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return (
-            (_parquet_text if path.suffix == ".parquet" else _json_text)(path),
-            digest,
-            f"{repository} {file}",
-        )
+        text, digest = _read_hub_file(fetch.download_dataset_file(repository, file))
+        return text, digest, f"{repository} {file}"
     if not Path(source).is_file():
         raise ConversionError(f"calibration text {source!r} is neither a file nor one of {', '.join(NAMED)}")
     text, digest = evaluate.read_text(source)
     return text, digest, Path(source).name
 
 
-def _download(repository: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def _read_hub_file(path: Path) -> tuple[str, str]:
+    """Text of a data set's file, and the file's sha256."""
+    import pyarrow
 
+    read = _parquet_text if path.suffix == ".parquet" else _json_text
     try:
-        return Path(hf_hub_download(repository, file, repo_type="dataset"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return read(path), digest
+    # Each of these readers has its own errors for damage: truncated, not of this format, without the field.
+    except (pyarrow.ArrowException, zlib.error, OSError, EOFError, ValueError, KeyError, TypeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConversionError(
-            f"cannot download {file} of the data set {repository}: {reason}; pass "
-            "--calibration bundled or a text file to do without"
+            f"{path} cannot be read ({type(error).__name__}: {reason}): delete {path.resolve()} and run again, which "
+            "fetches it anew"
         ) from error
 
 
@@ -131,5 +133,5 @@ def _parquet_text(path: Path) -> str:
 
 def _json_text(path: Path) -> str:
     with gzip.open(path, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line)["text"] for _, line in zip(range(_C4_DOCUMENTS), lines, strict=False)]
+        rows = [json.loads(line)["text"] for line in itertools.islice(lines, _C4_DOCUMENTS)]
     return "\n\n".join(rows)

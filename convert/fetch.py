@@ -5,16 +5,18 @@ Nothing here runs code that was fetched: no pickles, no ``.py`` files, no instal
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,20 +142,21 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
 
     # The base of the hub's HTTP errors is that of its HTTP library, which has changed between versions.
     http_error: type[Exception] = errors.HfHubHTTPError.__mro__[1]
-    endpoint = os.environ.get("HF_ENDPOINT", _HUB).rstrip("/")
+    endpoint = _endpoint()
     at = f" at revision {revision!r}" if revision else ""
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=patterns,
-                # Some repositories carry a second copy of the weights, in a folder or as consolidated.*.
-                ignore_patterns=["*/*", "consolidated*", "*.py"],
-                endpoint=endpoint,
-                cache_dir=_hub_cache(),
+        with _quiet_hub():
+            return Path(
+                huggingface_hub.snapshot_download(
+                    name,
+                    revision=revision,
+                    allow_patterns=patterns,
+                    # Some repositories carry a second copy of the weights, in a folder or as consolidated.*.
+                    ignore_patterns=["*/*", "consolidated*", "*.py"],
+                    endpoint=endpoint,
+                    cache_dir=_hub_cache(),
+                )
             )
-        )
     except errors.RepositoryNotFoundError:  # GatedRepoError is one
         raise
     except errors.RevisionNotFoundError as error:
@@ -186,6 +189,48 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
         raise ConversionError(
             f"{name}{at}: the disk of the hub's cache is full: make room, or set HF_HOME to another disk"
         ) from error
+
+
+def download_dataset_file(repository: str, file: str) -> Path:
+    """Fetch (or find in the hub's cache) one file of a data set.
+
+    Raises:
+      ConversionError: the file cannot be had, whatever the reason.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    http_error: type[Exception] = errors.HfHubHTTPError.__mro__[1]
+    endpoint = _endpoint()
+    try:
+        with _quiet_hub():
+            return Path(
+                huggingface_hub.hf_hub_download(
+                    repository, file, repo_type="dataset", endpoint=endpoint, cache_dir=_hub_cache()
+                )
+            )
+    except (http_error, OSError) as error:
+        raise ConversionError(
+            f"cannot download {file} of the data set {repository} from the hub at {endpoint} ({_cause(error)}): "
+            "check network, proxy, HF_ENDPOINT and HF_HUB_OFFLINE, or pass --calibration bundled or a text file "
+            "to do without"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """No log lines of the hub's library about its retries: what fails in the end is told in our own words."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", _HUB).rstrip("/")
 
 
 def _hub_cache() -> str | None:

@@ -2,14 +2,12 @@
 
 import errno
 import hashlib
-import http.server
 import json
 import pathlib
 import re
 import shutil
 import struct
 import subprocess
-import threading
 import zipfile
 
 import gguf
@@ -22,6 +20,7 @@ from safetensors.numpy import load_file
 from convert import fetch, gguf_tokenizer, sources
 from convert.names import expected_tensors
 from convert.sources import open_source
+from tests.hub_server import COMMIT, serve, unreachable
 from torq_jax.config import RopeScaling
 from torq_jax.errors import ConversionError
 
@@ -620,107 +619,16 @@ def test_gguf_without_a_tokenizer(tmp_path):
 
 # --- the hub ----------------------------------------------------------------------------------------------
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class HubHandler(http.server.BaseHTTPRequestHandler):
-    """The part of the hub's file API that a download uses, over directories of ``server.models``."""
-
-    def log_message(self, *arguments):
-        pass
-
-    def answer(self, status, body=b"", **headers):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        for key, value in headers.items():
-            self.send_header(key.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        path = self.path.split("?")[0]
-        self.server.requests.append((self.command, path))
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)", path):
-            repo, what, revision = match.groups()
-            if self.known(repo, revision):
-                self.listing(repo, what)
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            repo, revision, name = match.groups()
-            if self.known(repo, revision):
-                self.file(repo, name)
-        else:
-            self.answer(404, X_Error_Code="EntryNotFound")
-
-    def known(self, repo, revision):
-        if repo in self.server.broken:
-            self.answer(500, X_Error_Message="out of order")
-        elif repo not in self.server.models:
-            # As the real hub answers without a token: 401, so as not to tell private from missing.
-            self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-        elif revision not in ("main", "v1", COMMIT):
-            self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
-        else:
-            return True
-        return False
-
-    def listing(self, repo, what):
-        files = sorted(f for f in self.server.models[repo].rglob("*") if f.is_file())
-        names = [str(f.relative_to(self.server.models[repo])) for f in files]
-        if what == "revision":
-            data = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
-        else:
-            data = [
-                {
-                    "type": "file",
-                    "path": n,
-                    "size": f.stat().st_size,
-                    "oid": hashlib.sha1(n.encode()).hexdigest(),
-                }
-                for n, f in zip(names, files, strict=True)
-            ]
-        self.answer(200, json.dumps(data).encode(), Content_Type="application/json")
-
-    def file(self, repo, name):
-        if repo in self.server.gated:
-            # Without a token, then with one that has no access: 401 and 403, both named gated.
-            status = 403 if "Authorization" in self.headers else 401
-            self.answer(status, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
-            return
-        file = self.server.models[repo] / name
-        if not file.is_file():
-            self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
-            return
-        body = file.read_bytes()
-        etag = f'"{hashlib.sha1(body).hexdigest()}"'
-        self.answer(200, body, ETag=etag, X_Repo_Commit=COMMIT, Content_Type="application/octet-stream")
-
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub on this machine that serves the golden llama3; attributes say what else it knows."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
-    server.models = {
-        "meta-llama/Meta-Llama-3-8B": GOLDENS / "llama3",
-        "tiny/sharded": GOLDENS / "llama3-tied",
-    }
-    server.gated, server.broken, server.requests = set(), set(), []
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setenv("HF_TOKEN", "")
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    for proxy in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(proxy, raising=False)
-        monkeypatch.delenv(proxy.upper(), raising=False)
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serve(tmp_path / "hf", monkeypatch) as server:
+        server.models |= {
+            "meta-llama/Meta-Llama-3-8B": GOLDENS / "llama3",
+            "tiny/sharded": GOLDENS / "llama3-tied",
+        }
+        yield server
 
 
 def test_hub_model_is_fetched_once_and_found_again(hub):
@@ -801,9 +709,7 @@ def test_hub_model_that_is_not_supported_costs_no_weights(hub, copy):
 def test_hub_out_of_order_or_unreachable(hub, monkeypatch):
     hub.broken.add("tiny/sharded")
     fails("tiny/sharded: the hub at http://127.0.0.1.* (answered 500|cannot be reached)", "tiny/sharded")
-    with http.server.HTTPServer(("127.0.0.1", 0), HubHandler) as closed:
-        port = closed.server_port
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+    port = unreachable(monkeypatch)
     message = fails(f"the hub at http://127.0.0.1:{port} cannot be reached", "tiny/other")
     assert "check network" in message and "local directory" in message
 
