@@ -2,7 +2,7 @@
 
 Besides the calibration text, evaluation windows travel through the layers, once for the float model and
 once for each quantised variant. So one pass over the source gives the checkpoint, its perplexity and that of
-the methods beside it, and no more than one layer is ever in memory.
+the methods beside it, and no more than one layer of weights is ever in memory.
 """
 
 from __future__ import annotations
