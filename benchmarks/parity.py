@@ -13,17 +13,15 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from benchmarks.machine import describe
-from convert import names, sources
+from convert import sources
+from convert.pipeline import read_layer
 from torq_jax import decoder, evaluate
-from torq_jax.config import SITES
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1e-3
@@ -32,14 +30,7 @@ TOLERANCE = 1e-3
 def float_model(source: sources.Source) -> decoder.Decoder:
     """The source's own model in float32, all of it in memory."""
 
-    def layer(index: int) -> dict[str, Any]:
-        parameters: dict[str, Any] = {site: {} for site in SITES}
-        for key, name in names.layer_tensors(source.config, index).items():
-            site, _, weight = key.rpartition("/")
-            (parameters[site] if site else parameters)[weight] = np.asarray(source.read(name), np.float32)
-        return parameters
-
-    layers = [layer(i) for i in range(source.config.num_layers)]
+    layers = [read_layer(source, i) for i in range(source.config.num_layers)]
     parameters = {
         "embed": jnp.asarray(source.read("model.embed_tokens.weight"), jnp.float32),
         "norm": jnp.asarray(source.read("model.norm.weight"), jnp.float32),

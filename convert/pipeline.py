@@ -236,6 +236,16 @@ def versions() -> dict[str, str]:
     }
 
 
+def read_layer(source: Source, index: int) -> dict[str, Any]:
+    """One layer of a source as the decoder's nested dictionary, float32."""
+    parameters: dict[str, Any] = {site: {} for site in SITES}
+    for key, name in names.layer_tensors(source.config, index).items():
+        value = jnp.asarray(np.asarray(source.read(name), np.float32))
+        site, _, weight = key.rpartition("/")
+        (parameters[site] if site else parameters)[weight] = value
+    return parameters
+
+
 class _Run:
     """State of one conversion: the streams that travel through the layers, and what is reported."""
 
@@ -308,7 +318,7 @@ class _Run:
         """Take every stream through layer ``index`` and write the chosen method's shard of it."""
         progress.stage("reading")
         with self.timed("reading"):
-            parameters = self.read(index)
+            parameters = read_layer(self.source, index)
         graph, _ = decoder.make_layer(self.config)
         progress.stage("statistics")
         with self.timed("statistics"):
@@ -358,15 +368,6 @@ class _Run:
                 for variant in rows:
                     quantised, _ = decoder.make_layer(self.config, formats[variant])
                     self.advance(variant, quantised, layers[variant], index)
-
-    def read(self, index: int) -> dict[str, Any]:
-        """One layer of the source as the decoder's nested dictionary, float32."""
-        parameters: dict[str, Any] = {site: {} for site in SITES}
-        for key, name in names.layer_tensors(self.config, index).items():
-            value = jnp.asarray(np.asarray(self.source.read(name), np.float32))
-            site, _, weight = key.rpartition("/")
-            (parameters[site] if site else parameters)[weight] = value
-        return parameters
 
     def calibrate(self, graph: Any, parameters: Any, index: int) -> dict[str, SiteStatistics]:
         """Statistics of every site from the calibration stream, which moves on to the next layer."""
