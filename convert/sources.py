@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from convert import gguf_tokenizer
-from convert.fetch import PICKLES_REMEDY, TOKENIZER_FILES, Progress, download, fetch_demo, read_json
+from convert.fetch import PICKLES_REMEDY, Progress, download, fetch_demo, read_json
 from convert.names import expected_tensors, gguf_to_hf
 from torq_jax.config import DecoderConfig
 from torq_jax.errors import ConversionError
@@ -128,12 +128,6 @@ class Source:
         if self.kind == "gguf":
             return "tokenizer.ggml.tokens" in self.metadata
         return any((self.location / name).is_file() for name in _TOKENIZERS)
-
-    def tokenizer_files(self) -> tuple[Path, ...]:
-        """The tokenizer's files; none for a GGUF file, which holds its tokenizer inside."""
-        if self.kind == "gguf":
-            return ()
-        return tuple(self.location / name for name in TOKENIZER_FILES if (self.location / name).is_file())
 
 
 def open_source(spec: str, *, revision: str | None = None, progress: Progress | None = None) -> Source:
