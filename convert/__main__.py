@@ -200,13 +200,10 @@ def _evaluation(options: argparse.Namespace, tokenizer: Any, vocab_size: int) ->
         return None
     if tokenizer is None:
         raise ConversionError("the source has no tokenizer, so --evaluate has no tokens to score")
-    text, digest = evaluate.read_text(path, options.joined)
-    tokens = evaluate.cut(evaluate.tokenize(tokenizer, text), options.window, options.windows)
-    evaluate.check_vocabulary(tokens, vocab_size)
-    count, window = tokens.shape
-    protocol = evaluate.Protocol(
-        Path(path).name, digest, options.joined, window, count, False, count * (window - 1)
+    tokens, protocol = evaluate.read_windows(
+        tokenizer, path, window=options.window, windows=options.windows, joined=options.joined
     )
+    evaluate.check_vocabulary(tokens, vocab_size)
     return pipeline.Evaluation(tokens, protocol)
 
 

@@ -330,6 +330,8 @@ class _Run:
             progress.stage(method)
             shared = {k: v for k, v in parameters.items() if k not in SITES}
             rows = [v for v in self.variants if v.method == method]
+            # The chosen one is written even where nothing is evaluated.
+            written = dict.fromkeys([*rows, self.chosen] if method == self.settings.method else rows)
             for variant in rows:
                 self.bytes[variant] = self.bytes.get(variant, 0) + _nbytes(shared)
             layers: dict[Variant, dict[str, Any]] = {v: dict(shared) for v in rows}
@@ -339,15 +341,16 @@ class _Run:
                 with self.timed("solving"):
                     solved = self.solve(method, site, gathered[site], parameters[site])
                 with self.timed("rounding"):
+                    stored = {v: self.site(site, solved, parameters[site], v) for v in written}
                     for variant in rows:
-                        form, values = self.site(site, solved, parameters[site], variant)
-                        formats[variant][site] = _float_form(form)
+                        form, values = stored[variant]
+                        formats[variant][site] = form.decoded()
                         self.bytes[variant] = self.bytes.get(variant, 0) + _nbytes(values)
                         layers[variant][site] = checkpoint.decode_site(
                             values, self.config, site, form, jnp.float32
                         )
                     if method == self.settings.method:
-                        form, shard[site] = self.site(site, solved, parameters[site], self.chosen)
+                        form, shard[site] = stored[self.chosen]
                         if self.formats.setdefault(site, form) != form:
                             raise ConversionError(
                                 f"layer {index}, {site}: the rotation has format {form}, that of layer 0 "
@@ -459,7 +462,7 @@ class _Run:
         exact, folded, a4, full = (
             jnp.concatenate([dot(a, jnp.asarray(w[n], jnp.float32)) for n in SITE_WEIGHTS[site]], -1)
             for a, w in (
-                (x, {n: _pad(weights[n]) for n in SITE_WEIGHTS[site]}),
+                (x, weights),
                 (rotated, solved.folded),
                 (rounded, solved.folded),
                 (rounded, stored),
@@ -523,10 +526,10 @@ class _Run:
             names.outer_tensors(self.config)["embed" if self.config.tie_embeddings else "lm_head"]
         )
         norm = self.stored_outer("norm")
+        original, stored = jnp.asarray(head), jnp.asarray(head.astype(self.source.float_dtype, copy=False))
         losses = {}
         for variant, stream in self.streams.items():
-            dtype = head.dtype if variant is FLOAT else self.source.float_dtype
-            own = jnp.asarray(head.astype(dtype))
+            own = original if variant is FLOAT else stored
             losses[variant] = np.concatenate(
                 [
                     evaluate.negative_log_likelihood(
@@ -646,15 +649,6 @@ def _finite(x: Any, index: int) -> np.ndarray:
             f"activations became NaN or infinite in layer {index}: the checkpoint is unsound"
         )
     return x
-
-
-def _float_form(form: SiteFormat) -> SiteFormat:
-    """The format of a site whose packed weights were decoded."""
-    return dataclasses.replace(form, weights="float")
-
-
-def _pad(weight: Any) -> Any:
-    return jnp.pad(weight, ((0, 0), (0, mxfp4.padded_size(weight.shape[1]) - weight.shape[1])))
 
 
 def _block_energy(x: Any) -> np.ndarray:

@@ -224,7 +224,7 @@ def load(directory: str | os.PathLike[str], *, dtype: Any = None, dequantize: bo
     for name in ("embed", "norm") if config.tie_embeddings else ("embed", "norm", "lm_head"):
         outer |= _restore_checked(directory, manifest, f"outer/{name}")
     if dequantize:
-        formats = {site: _decoded(form) for site, form in formats.items()}
+        formats = {site: form.decoded() for site, form in formats.items()}
     model = nnx.eval_shape(lambda: Decoder(config, formats, dtype=dtype))
     model = decoder.fill(model, jax.tree.map(jnp.asarray, {**outer, "layers": layers}))
     return Loaded(model, load_tokenizer(directory / "tokenizer"), manifest)
@@ -277,7 +277,7 @@ def decode_site(
         return dict(parameters)
     decoded = {k: v for k, v in parameters.items() if not k.endswith(("_codes", "_scales"))}
     # A plain weight keeps its own length; the rotation's padding is part of a folded one.
-    stored = _decoded(form).stored_features(config.site_in_features(site))
+    stored = form.decoded().stored_features(config.site_in_features(site))
     for name in SITE_WEIGHTS[site]:
         codes = jnp.asarray(parameters[f"{name}_codes"])
         packed = mxfp4.MXFP4Array(codes, jnp.asarray(parameters[f"{name}_scales"]), stored, -1)
@@ -312,15 +312,6 @@ def directory_bytes(directory: Path, *parts: str) -> int:
 def _sha256(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _decoded(form: SiteFormat) -> SiteFormat:
-    return SiteFormat(
-        weight_scale=form.weight_scale,
-        activation_scale=form.activation_scale,
-        inter=form.inter,
-        intra=form.intra,
-    )
 
 
 def _copy_into(stack: Any, layer: Any, index: int, directory: Path) -> None:

@@ -58,6 +58,10 @@ class SiteFormat:
         """Length of a stored weight's rows: padded to whole blocks wherever blocks exist."""
         return mxfp4.padded_size(features) if self.rotated or self.weights == "mxfp4" else features
 
+    def decoded(self) -> SiteFormat:
+        """The format of the same site once its packed weights are decoded."""
+        return dataclasses.replace(self, weights="float")
+
     def to_json(self) -> dict[str, Any]:
         """Plain dictionary for a checkpoint's manifest."""
         return dataclasses.asdict(self)

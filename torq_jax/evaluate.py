@@ -156,6 +156,22 @@ def window_losses(model: Decoder, windows: Int32[np.ndarray, "w t"]) -> Float[np
     return np.concatenate([np.asarray(run(state, jnp.asarray(w[None]))) for w in windows])
 
 
+def read_windows(
+    tokenizer: Any, path: str | Path, *, window: int, windows: int | None = None, joined: str = "raw"
+) -> tuple[Int32[np.ndarray, "w t"], Protocol]:
+    """The windows of a text file that a perplexity is measured on, and the protocol that says so.
+
+    The whole text is tokenised once, without special tokens, and cut into windows side by side.
+
+    Raises:
+      TorqError: a text that cannot be read or is too short.
+    """
+    text, digest = read_text(path, joined)
+    tokens = cut(tokenize(tokenizer, text), window, windows)
+    count, window = tokens.shape
+    return tokens, Protocol(Path(path).name, digest, joined, window, count, False, count * (window - 1))
+
+
 def perplexity(
     model: Decoder,
     tokenizer: Any,
@@ -167,16 +183,13 @@ def perplexity(
 ) -> tuple[float, Protocol]:
     """Perplexity of ``model`` on a text file, and the protocol that gives it a meaning.
 
-    The whole text is tokenised once, without special tokens, and cut into windows side by side; each is
-    scored on its own, its first token being context only.
+    Each window of :func:`read_windows` is scored on its own, its first token being context only.
 
     Raises:
-      TorqError: a text that cannot be read or is too short.
+      TorqError: as :func:`read_windows`, or a token outside the vocabulary.
     """
-    text, digest = read_text(path, joined)
-    tokens = cut(tokenize(tokenizer, text), window, windows)
+    tokens, protocol = read_windows(tokenizer, path, window=window, windows=windows, joined=joined)
     losses = window_losses(model, tokens)
-    protocol = Protocol(Path(path).name, digest, joined, window, len(tokens), False, losses.size)
     return float(np.exp(losses.mean(dtype=np.float64))), protocol
 
 
