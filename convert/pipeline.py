@@ -374,7 +374,8 @@ class _Run:
 
     def calibrate(self, graph: Any, parameters: Any, index: int) -> dict[str, SiteStatistics]:
         """Statistics of every site from the calibration stream, which moves on to the next layer."""
-        moments = any(solvers.needs_moments(m) for m in self.methods)
+        needed = {solvers.needs_moments(m) for m in self.methods}
+        moments: statistics.Moments = next(m for m in ("full", "inter", "none") if m in needed)  # type: ignore[assignment]
         each = -(-SAMPLE_TOKENS // len(self.stream))
         gathered: dict[str, SiteStatistics] = {}
         for i, x in enumerate(self.stream):

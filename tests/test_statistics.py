@@ -51,7 +51,7 @@ def test_zero_tokens_are_left_out_and_padding_is_zero():
 
 def test_sampling_is_reproducible():
     x = jax.random.normal(jax.random.key(4), (100, 32))
-    a, b = (statistics.gather(x, samples=7, seed=5, moments=False) for _ in range(2))
+    a, b = (statistics.gather(x, samples=7, seed=5, moments="none") for _ in range(2))
     assert a.samples.shape == (7, 32) and not a.inter.any()
     np.testing.assert_array_equal(a.samples, b.samples)
 
@@ -71,3 +71,31 @@ def test_non_finite_activations_are_an_error(bad):
 def test_shapes_are_checked():
     with pytest.raises(TorqError, match=r"activations have shape \(0, 32\)"):
         statistics.gather(jnp.ones((0, 32)))
+
+
+def test_the_full_moment_follows_the_weights():
+    x = jax.random.normal(jax.random.key(6), (40, 64)) * jnp.arange(1, 65)
+    weights = jax.random.uniform(jax.random.key(7), (40,))
+    found = statistics.gather(x, moments="full", weights=weights)
+    exact = np.asarray(x, np.float64)
+    exact = exact.T @ (exact * np.asarray(weights, np.float64)[:, None]) / 40
+    # 40 float32 products, each rounded to 2**-24 of the largest.
+    np.testing.assert_allclose(found.second, exact, atol=1e-6 * exact.max())
+    np.testing.assert_allclose(found.inter, direct(x), atol=2e-5)
+
+
+def test_the_full_moment_of_normalised_tokens_holds_inter():
+    x = jax.random.normal(jax.random.key(8), (40, 96))
+    found = statistics.gather(x, moments="full")
+    np.testing.assert_allclose(found.inter, direct(x), atol=2e-5)
+    np.testing.assert_allclose(found.second[1 * 32 + 5, 2 * 32 + 5], found.inter[5, 1, 2], atol=1e-6)
+    halves = statistics.add(
+        statistics.gather(x[:10], moments="full"), statistics.gather(x[10:], moments="full")
+    )
+    np.testing.assert_allclose(halves.second, found.second, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
+def test_weights_must_be_finite_and_not_negative(bad):
+    with pytest.raises(TorqError, match="one finite number a token"):
+        statistics.gather(jnp.ones((3, 32)), moments="full", weights=jnp.array([1.0, bad, 1.0]))

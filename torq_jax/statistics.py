@@ -2,13 +2,15 @@
 
 A token's activation is divided by its own root mean square first. The first token of a sequence (the
 attention sink) carries activations hundreds of times larger than the rest; unweighted, it alone would
-decide every rotation.
+decide every rotation. The full second moment can be weighed better than that: by how much the loss reacts
+to an error of that token (see :mod:`torq_jax.sensitivity`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +34,30 @@ class SiteStatistics:
     """Mean over tokens of ``x[b, k] x[c, k]``, for each position k; of normalised tokens."""
     samples: Float[np.ndarray, "n d"]
     """Normalised activations of a sample of tokens, float32."""
+    second: Float[np.ndarray, "d d"] | None = None
+    """Weighted mean over tokens of ``x^T x``; None where it was not asked for. Its scale has no meaning."""
+    gain: Float[np.ndarray, "d d"] | None = None
+    """What an error of the activation costs: ``E[u^T u]`` with u the gradient of the loss with respect to x,
+    or ``W^T W``, the error of the output. None where unknown. Its scale has no meaning."""
+    outputs: int | None = None
+    """Rows of all the weights that the site feeds: what an online part's cost is measured against."""
 
 
-jax.tree_util.register_dataclass(SiteStatistics, ["tokens", "inter", "samples"], [])
+jax.tree_util.register_dataclass(
+    SiteStatistics, ["tokens", "inter", "samples", "second", "gain"], ["outputs"]
+)
+
+Moments = Literal["none", "inter", "full"]
+"""What :func:`gather` gathers beside samples: nothing, ``inter``, or ``inter`` and ``second``."""
 
 
 def gather(
-    x: Float[Array, "tokens features"], *, samples: int | None = None, seed: int = 0, moments: bool = True
+    x: Float[Array, "tokens features"],
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+    moments: Moments = "inter",
+    weights: Float[Array, " tokens"] | None = None,
 ) -> SiteStatistics:
     """Statistics of one batch of activations.
 
@@ -46,30 +65,56 @@ def gather(
       x: activations, any float dtype; padded with zeros to a multiple of 32 features.
       samples: how many tokens to keep, drawn without replacement; all when None.
       seed: of the draw.
-      moments: whether to gather ``inter`` (zeros otherwise): solvers that never look at it need not pay.
+      moments: which second moments to gather: solvers that never look at them need not pay.
+        Without, ``inter`` is zeros and ``second`` None.
+      weights: of each token in ``second``, whose activations then are not normalised; None weighs a token by
+        the inverse of its mean square.
 
     Raises:
-      TorqError: ``x`` is not a matrix, has no token, or holds a NaN or an infinity.
+      TorqError: ``x`` is not a matrix, has no token, or it or the weights hold a NaN, an infinity or (the
+        weights) a negative number.
     """
+    if moments not in get_args(Moments):
+        raise TorqError(f"moments {moments!r}: must be one of {', '.join(get_args(Moments))}")
     if x.ndim != 2 or not x.shape[0]:
         raise TorqError(f"activations have shape {x.shape}: must be [tokens, features] with a token at least")
     count = x.shape[0]
     rows = np.arange(count)
     if samples is not None and samples < count:
         rows = np.sort(np.random.default_rng(seed).choice(count, samples, replace=False))
-    tokens, inter, kept = _gather(jnp.asarray(x), jnp.asarray(rows), moments)
+    if weights is not None:
+        weights = jnp.asarray(weights, jnp.float32)
+        if weights.shape != (count,) or not bool(jnp.all(jnp.isfinite(weights) & (weights >= 0))):
+            raise TorqError(
+                f"weights of shape {weights.shape} for {count} tokens: must be one finite number a token, none negative"
+            )
+    tokens, inter, second, kept = _gather(jnp.asarray(x), jnp.asarray(rows), weights, moments)
     if not np.isfinite(tokens):
         raise TorqError("activations hold a NaN or an infinity: calibration would be meaningless")
     total = float(tokens)
-    return SiteStatistics(total, np.asarray(inter, np.float64) / max(total, 1.0), np.asarray(kept))
+    return SiteStatistics(
+        total,
+        np.asarray(inter, np.float64) / max(total, 1.0),
+        np.asarray(kept),
+        None if second is None else np.asarray(second) / np.float32(max(total, 1.0)),
+    )
 
 
 def add(a: SiteStatistics, b: SiteStatistics) -> SiteStatistics:
-    """Statistics of both streams together."""
+    """Statistics of both streams together; what one of them lacks, the sum lacks."""
     tokens = a.tokens + b.tokens
     weight = b.tokens / tokens if tokens else 0.0
+
+    def mean(x: np.ndarray | None, y: np.ndarray | None) -> np.ndarray | None:
+        return None if x is None or y is None else x + (y - x) * x.dtype.type(weight)
+
     return SiteStatistics(
-        tokens, a.inter + (b.inter - a.inter) * weight, np.concatenate([a.samples, b.samples])
+        tokens,
+        a.inter + (b.inter - a.inter) * weight,
+        np.concatenate([a.samples, b.samples]),
+        mean(a.second, b.second),
+        mean(a.gain, b.gain),
+        a.outputs if a.outputs == b.outputs else None,
     )
 
 
@@ -80,15 +125,24 @@ def normalise_tokens(x: Float[Array, "tokens d"]) -> Float[Array, "tokens d"]:
     return x * jnp.where(power > 0, jax.lax.rsqrt(jnp.where(power > 0, power, 1.0)), 0.0)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _gather(x: Array, rows: Array, moments: bool) -> tuple[Array, Array, Array]:
-    x = jnp.pad(x, ((0, 0), (0, padded_size(x.shape[1]) - x.shape[1])))
-    x = normalise_tokens(x)
+@functools.partial(jax.jit, static_argnums=3)
+def _gather(
+    x: Array, rows: Array, weights: Array | None, moments: Moments
+) -> tuple[Array, Array, Array | None, Array]:
+    raw = jnp.pad(x, ((0, 0), (0, padded_size(x.shape[1]) - x.shape[1]))).astype(jnp.float32)
+    x = normalise_tokens(raw)
     # A NaN anywhere makes the count NaN, which the caller reports.
     tokens = jnp.sum(jnp.sign(jnp.sum(x * x, axis=-1)))
     blocks = x.shape[1] // BLOCK
-    if not moments:
-        return tokens, jnp.zeros((BLOCK, blocks, blocks)), x[rows]
-    by_position = x.reshape(x.shape[0], blocks, BLOCK)
-    inter = jnp.einsum("tbk,tck->kbc", by_position, by_position, precision=jax.lax.Precision.HIGHEST)
-    return tokens, inter, x[rows]
+    second = None
+    if moments == "full":
+        weighed = x if weights is None else raw * jnp.sqrt(weights)[:, None]
+        second = jnp.einsum("tc,td->cd", weighed, weighed, precision=jax.lax.Precision.HIGHEST)
+    if moments == "full" and weights is None:
+        inter = jnp.einsum("bkck->kbc", second.reshape(blocks, BLOCK, blocks, BLOCK))
+    elif moments == "none":
+        inter = jnp.zeros((BLOCK, blocks, blocks))
+    else:
+        by_position = x.reshape(x.shape[0], blocks, BLOCK)
+        inter = jnp.einsum("tbk,tck->kbc", by_position, by_position, precision=jax.lax.Precision.HIGHEST)
+    return tokens, inter, second, x[rows]

@@ -22,7 +22,7 @@ from torq_jax.rotation import TwoLevelRotation
 from torq_jax.solvers import hadamard, none, torq
 from torq_jax.solvers.micro import codebook_histogram, entropy_bits
 from torq_jax.solvers.solution import Solution
-from torq_jax.statistics import SiteStatistics
+from torq_jax.statistics import Moments, SiteStatistics
 
 _SOLVERS: dict[str, Callable[..., Solution]] = {
     "none": none.solve,
@@ -33,7 +33,7 @@ _SOLVERS: dict[str, Callable[..., Solution]] = {
 METHODS: tuple[str, ...] = tuple(_SOLVERS)
 """Names that :func:`solve` knows."""
 
-_WITHOUT_MOMENTS = frozenset({"none", "hadamard"})
+_MOMENTS: dict[str, Moments] = {"torq": "inter"}
 
 __all__ = [
     "METHODS",
@@ -77,9 +77,9 @@ def fit(
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), solution.rotation)
 
 
-def needs_moments(method: str) -> bool:
-    """Whether ``method`` looks at the second moments, which cost time to gather."""
-    return method not in _WITHOUT_MOMENTS
+def needs_moments(method: str) -> Moments:
+    """The second moments that ``method`` looks at, which cost time to gather."""
+    return _MOMENTS.get(method, "none")
 
 
 def method_options(method: str) -> dict[str, Any]:
