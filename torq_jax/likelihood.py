@@ -1,7 +1,8 @@
 """Log-likelihoods of continuations, for models of any kind that are causal.
 
-Tokens of a context and its continuation are made as EleutherAI's lm-eval makes them. Requests are sorted by length
-and padded on the right to few lengths, and only the positions that predict a scored token meet the vocabulary.
+Tokens of a context and its continuation are made as EleutherAI's lm-eval makes them. Requests are padded on the
+right to few lengths, in batches of few shapes, and only the positions that predict a scored token meet the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from torq_jax.decoder import Decoder
 from torq_jax.errors import TorqError
 from torq_jax.evaluate import LOGITS_CHUNK, check_vocabulary
 
-BATCH_TOKENS = 4096
-"""Tokens of a batch, padding included."""
+BATCH_TOKENS = 1024
+"""Tokens of a batch, padding included. Part of a protocol: see :func:`make_batches`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Batch:
     """Requests padded on the right to one length, and where in them the scored tokens are predicted."""
 
     tokens: Int32[np.ndarray, "b t"]
-    members: Int32[np.ndarray, " b"]
-    """Index of the request in each row."""
+    members: Int32[np.ndarray, " m"]
+    """Index of the request in each of the first rows; rows after them are empty."""
     index: Int32[np.ndarray, " p"]
     """Positions, in the flattened ``tokens``, at which a scored token is predicted."""
     targets: Int32[np.ndarray, " p"]
@@ -147,29 +148,35 @@ def bucket(length: int) -> int:
 
 
 def make_batches(requests: Sequence[Request], batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
-    """Requests from the longest to the shortest, in batches of about ``batch_tokens`` tokens.
+    """Requests in batches whose shape depends on the request's own length and on ``batch_tokens`` alone.
 
-    Padding stands on the right, where no token of a causal model sees it. All batches of one length have the same
-    number of rows, except for the last batch.
+    A request is padded to its :func:`bucket`, and a batch that is not full has empty rows: otherwise other items,
+    or fewer of them, would change the shape, with it the last bits of sums, and with those the side to which a
+    4-bit activation near a tie is rounded, which can be worth several nats. Padding stands on the right, where no
+    token of a causal model sees it. The longest come first, so that estimates of the time left err upwards.
     """
-    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].tokens), requests[i].tokens, i))
+    by_length: dict[int, list[int]] = {}
+    for i, request in enumerate(requests):
+        by_length.setdefault(bucket(len(request.tokens) - 1), []).append(i)
     made = []
-    while order:
-        length = bucket(len(requests[order[0]].tokens) - 1)
-        count = max(1, batch_tokens // length)
-        members, order = order[:count], order[count:]
-        tokens = np.zeros((len(members), length), np.int32)
-        index, targets, rows = [], [], []
-        for row, member in enumerate(members):
-            request = requests[member]
-            read = len(request.tokens) - 1
-            tokens[row, :read] = request.tokens[:-1]
-            index.append(row * length + np.arange(read - request.scored, read))
-            targets.append(request.tokens[-request.scored :])
-            rows.append(np.full(request.scored, row))
-        joined = (np.concatenate(part).astype(np.int32) for part in (index, targets, rows))
-        made.append(Batch(tokens, np.asarray(members, np.int32), *joined))
+    for length, members in sorted(by_length.items(), reverse=True):
+        rows = max(1, batch_tokens // length)
+        made += [_batch(requests, members[i : i + rows], rows, length) for i in range(0, len(members), rows)]
     return made
+
+
+def _batch(requests: Sequence[Request], members: Sequence[int], count: int, length: int) -> Batch:
+    tokens = np.zeros((count, length), np.int32)
+    index, targets, rows = [], [], []
+    for row, member in enumerate(members):
+        request = requests[member]
+        read = len(request.tokens) - 1
+        tokens[row, :read] = request.tokens[:-1]
+        index.append(row * length + np.arange(read - request.scored, read))
+        targets.append(request.tokens[-request.scored :])
+        rows.append(np.full(request.scored, row))
+    joined = (np.concatenate(part).astype(np.int32) for part in (index, targets, rows))
+    return Batch(tokens, np.asarray(members, np.int32), *joined)
 
 
 @functools.partial(jax.jit, static_argnames="eps")
@@ -195,7 +202,7 @@ def batch_scores(
     *,
     eps: float,
 ) -> list[Score]:
-    """Scores of a batch's rows from the residual stream after the last layer.
+    """Scores of a batch's members from the residual stream after the last layer.
 
     Only the positions that predict a scored token meet the vocabulary, ``LOGITS_CHUNK`` of them at a time: logits
     in float32, sums in float64.
@@ -203,7 +210,7 @@ def batch_scores(
     Raises:
       TorqError: a log-likelihood that is not finite.
     """
-    count, rows = len(batch.index), batch.tokens.shape[0]
+    count, rows = len(batch.index), len(batch.members)
     padding = (0, -count % LOGITS_CHUNK)
     index, targets = np.pad(batch.index, padding), np.pad(batch.targets, padding)
     parts = [

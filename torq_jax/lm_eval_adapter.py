@@ -1,7 +1,8 @@
 """A converted model in EleutherAI's lm-eval: ``python -m torq_jax.lm_eval_adapter --checkpoint DIR --tasks piqa``.
 
 Needs the extra ``eval`` (``pip install 'torq-jax[eval]'``); without it, importing this module is an ImportError
-that says so. Options other than ``--checkpoint`` are those of ``lm_eval run``. From Python::
+that says so. With ``--data FOLDER`` the tasks are files in the format of :mod:`torq_jax.tasks`; other
+options are those of ``lm_eval run``. From Python::
 
     from lm_eval import simple_evaluate
     from torq_jax.lm_eval_adapter import TorqLM, task_config
@@ -15,9 +16,11 @@ contexts and continuations from lm-eval's own code.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +65,8 @@ class TorqLM(TemplateLM):
       batch_tokens: tokens of a batch, padding included.
       batch_size: lm-eval's number of requests a batch. Not used, since batches are measured in tokens.
       max_batch_size: the same.
-      device: must be None: JAX's own settings choose the device.
+      device: lm-eval's, which its command always gives (as ``cuda:0``). Not used: JAX's own settings, such as
+        ``JAX_PLATFORMS``, choose the device.
 
     Raises:
       TorqError: no checkpoint there, one without tokenizer, or settings that contradict each other.
@@ -83,8 +87,6 @@ class TorqLM(TemplateLM):
         super().__init__()
         if (checkpoint is None) == (model is None):
             raise TorqError("give either a checkpoint or a model with its tokenizer")
-        if device is not None:
-            raise TorqError(f"device {device!r} cannot be chosen here: set JAX_PLATFORMS instead")
         if checkpoint is not None:
             model, tokenizer, _ = load(checkpoint)
         if model is None or tokenizer is None:
@@ -274,26 +276,55 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--batch-tokens", type=int, default=likelihood.BATCH_TOKENS, help="(default: %(default)s)"
     )
+    parser.add_argument("--tasks", help="names with commas between them")
+    parser.add_argument(
+        "--data", help="folder whose .jsonl files are the tasks, instead of lm-eval's own data sets"
+    )
     options, rest = parser.parse_known_args(argv)
     directory = Path(options.checkpoint).absolute()
-    arguments = [f"checkpoint={directory}", f"batch_tokens={options.batch_tokens}"]
+    model = [f"checkpoint={directory}", f"batch_tokens={options.batch_tokens}"]
     if options.max_length is not None:
-        arguments.append(f"max_length={options.max_length}")
+        model.append(f"max_length={options.max_length}")
+    arguments = ["lm_eval", "run", "--model", "torq_jax", "--model_args", ",".join(model), *rest]
     before = sys.argv
-    sys.argv = ["lm_eval", "run", "--model", "torq_jax", "--model_args", ",".join(arguments), *rest]
     try:
         read_manifest(directory)  # what is no checkpoint is told before lm-eval looks for its tasks
         if "," in str(directory):
             raise TorqError(
                 f"{directory} has a comma, which lm-eval takes for the end of an argument: rename it"
             )
-        cli_evaluate()
+        with tempfile.TemporaryDirectory() as folder:
+            if options.data:
+                names = options.tasks.split(",") if options.tasks else None
+                arguments += ["--include_path", folder, "--tasks", write_configs(options.data, names, folder)]
+            elif options.tasks:
+                arguments += ["--tasks", options.tasks]
+            sys.argv = arguments
+            cli_evaluate()
     except TorqError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
         sys.argv = before
     return 0
+
+
+def write_configs(data: str | os.PathLike[str], names: Sequence[str] | None, folder: str) -> str:
+    """Write lm-eval's configuration of each task of ``data`` to ``folder``; the tasks' names with commas.
+
+    They are called ``local_piqa`` and so on, since lm-eval has a task ``piqa`` of its own.
+
+    Raises:
+      TorqError: as :func:`torq_jax.tasks.find_tasks`.
+    """
+    made = []
+    for task in tasks.find_tasks(Path(data), names):
+        file = Path(data) / task.file if Path(data).is_dir() else Path(data)
+        config = task_config(file, f"local_{task.name}")
+        # YAML contains JSON.
+        (Path(folder) / f"{config['task']}.yaml").write_text(json.dumps(config), encoding="utf-8")
+        made.append(config["task"])
+    return ",".join(made)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -597,7 +598,13 @@ def main(argv: list[str] | None = None) -> int:
 def _write_json(
     options: Any, results: Mapping[str, TaskResult], reference: Mapping[str, TaskResult] | None
 ) -> None:
-    data = {"checkpoint": options.directory, **to_json(results)}
+    # What decides the last bits of sums, and with them how 4-bit activations near a tie are rounded.
+    computed = {
+        "batch_tokens": options.batch_tokens,
+        "backend": jax.default_backend(),
+        "jax": jax.__version__,
+    }
+    data = {"checkpoint": options.directory, **computed, **to_json(results)}
     if reference is not None:
         data["against"] = options.against
         data["paired"] = {}
