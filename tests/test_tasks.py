@@ -442,7 +442,8 @@ def test_the_command(loading, tmp_path, capsys):
         file = tmp_path / "bent.json"
         options = [*arguments, "--limit", "2", "--against", str(against), "--json", str(file)]
         assert tasks.main([str(tmp_path / "bent"), *options]) == 0
-        assert "Δ acc_norm" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "Δ acc_norm" in out and "gained, lost" in out and "…" not in out  # nothing is cut
         data = json.loads(file.read_text())
         ours, reference = tasks.read_results(file), tasks.read_results(saved)
         compared = paired(ours, reference, "log_likelihood")

@@ -530,7 +530,8 @@ def print_table(results: Mapping[str, TaskResult], reference: Mapping[str, TaskR
         table.add_row("mean", str(means[0].items), *cells)
     console = Console()
     # Not cut to a narrow window: half a number would be worse than a broken line.
-    console.width = max(console.width, console.measure(table).maximum)
+    wide = console.options.update(max_width=1000)
+    console.width = max(console.width, console.measure(table, options=wide).maximum)
     console.print(table)
 
 
