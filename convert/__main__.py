@@ -19,7 +19,7 @@ from rich.console import Console
 
 from convert import calibration, pipeline, report, sources
 from convert.progress import progress
-from torq_jax import checkpoint, data, evaluate, generate, solvers
+from torq_jax import checkpoint, data, evaluate, generate, rounding, solvers
 from torq_jax.config import DecoderConfig
 from torq_jax.errors import ConversionError, TorqError
 from torq_jax.mxfp4 import SCALE_RULES
@@ -82,6 +82,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--activation-scale", default="even", choices=SCALE_RULES, help="scale rule for activations"
     )
+    p.add_argument("--rounding", default="nearest", choices=pipeline.ROUNDINGS, help="of the weights")
+    p.add_argument("--damping", type=float, default=0.01, help="of GPTQ, in parts of the mean second moment")
+    p.add_argument("--order", default="natural", choices=rounding.ORDERS, help="of the features in GPTQ")
+    p.add_argument(
+        "--sensitivity",
+        default="loss",
+        choices=pipeline.SENSITIVITIES,
+        help="what errors are weighed by: the loss (a pass back through the model) or the layer's own output",
+    )
     p.add_argument(
         "--calibration",
         metavar="|".join((*calibration.NAMED, "FILE")),
@@ -95,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--joined", choices=evaluate.JOINS, default="raw", help="how that file becomes one text")
     p.add_argument("--window", type=int, default=1024, help="tokens of an evaluation window")
     p.add_argument("--windows", type=int, help="how many windows (default: all; with --demo: 8)")
-    p.add_argument("--compare", help="methods to evaluate beside the chosen one, e.g. none,hadamard")
+    p.add_argument("--compare", help="methods to evaluate beside the chosen one, e.g. none,hadamard+gptq")
     p.add_argument("--modes", help="formats to evaluate for every method, of w4a4, a4 and w4")
     p.add_argument(
         "--prompt", action="append", help="let the converted model go on from this; may be repeated"
@@ -138,6 +147,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
         seed=options.seed,
         pad=options.pad,
         options=tuple(_option(text) for text in options.option or ()),
+        rounding=options.rounding,
+        damping=options.damping,
+        order=options.order,
+        sensitivity=options.sensitivity,
         compare=_split(options.compare),
         modes=modes,
     )

@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert import names, report, streams
+from convert import gradients, names, report, streams
 from convert.calibration import Calibration
 from convert.progress import LayerProgress
 from convert.sources import Source
-from torq_jax import checkpoint, decoder, evaluate, mxfp4, rotation, solvers, statistics
+from torq_jax import checkpoint, decoder, evaluate, mxfp4, rotation, rounding, solvers, statistics
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
 from torq_jax.decoder import SiteFormat
 from torq_jax.errors import ConversionError, TorqError
@@ -41,6 +41,12 @@ FOLD_TOLERANCE = 1e-4
 
 SAMPLE_TOKENS = 1024
 """Tokens of each site kept for the solvers and for the diagnostics."""
+
+ROUNDINGS = ("nearest", "gptq")
+"""Ways to round weights."""
+
+SENSITIVITIES = ("loss", "output")
+"""What errors can be weighed by."""
 
 _DIAGNOSTIC_TOKENS = 256
 
@@ -59,8 +65,17 @@ class Settings:
     pad: bool = False
     options: tuple[tuple[str, Any], ...] = ()
     """Options of the chosen method, by name."""
+    rounding: str = "nearest"
+    """Of the weights: ``"nearest"`` or ``"gptq"``."""
+    damping: float = 0.01
+    """Of GPTQ: what is added to the second moment's diagonal, in parts of its mean."""
+    order: str = "natural"
+    """In which GPTQ takes the features: ``"natural"`` or ``"energy"``."""
+    sensitivity: str = "loss"
+    """What errors are weighed by where a method or GPTQ weighs them: ``"loss"``, by how much the loss reacts to
+    them (:mod:`torq_jax.sensitivity`), or ``"output"``, by the error of the layer's own output."""
     compare: tuple[str, ...] = ("none",)
-    """Methods evaluated beside the chosen one."""
+    """Methods evaluated beside the chosen one, with their rounding where it is another: ``"hadamard+gptq"``."""
     modes: tuple[str, ...] = ()
     """Of ``"w4a4"``, ``"a4"``, ``"w4"``: formats evaluated beside the chosen one, for every method."""
 
@@ -84,6 +99,7 @@ class Variant:
     method: str | None
     weights: str  # "mxfp4" or "bf16"
     activations: str
+    rounding: str = "nearest"
 
     @property
     def label(self) -> str:
@@ -92,6 +108,8 @@ class Variant:
             return "float"
         mode = {("mxfp4", "mxfp4"): "W4A4", ("bf16", "mxfp4"): "A4-only", ("mxfp4", "bf16"): "W4A16"}
         name = "plain rounding" if self.method == "none" else self.method
+        if self.rounding == "gptq":
+            name = "GPTQ" if self.method == "none" else f"{name} + GPTQ"
         return f"{name} {mode.get((self.weights, self.activations), 'float')}"
 
 
@@ -107,15 +125,40 @@ class SolvedSite:
     folded: dict[str, np.ndarray]
     report: dict[str, Any]
     seconds: float
+    second: np.ndarray | None
+    """Second moment of the rotated activations, float64; for GPTQ."""
+    packed: dict[str, dict[str, mxfp4.MXFP4Array]] = dataclasses.field(default_factory=dict)
+    """Rounded weights, by rounding and name."""
+
+
+def compared(settings: Settings) -> list[tuple[str, str]]:
+    """Methods compared and their rounding; plain rounding rounds plainly unless told otherwise."""
+    pairs = []
+    for text in settings.compare:
+        method, plus, rounding = text.partition("+")
+        default = "nearest" if method == "none" else settings.rounding
+        pairs.append((method, rounding if plus else default))
+    return list(dict.fromkeys(pairs))
 
 
 def variants(settings: Settings) -> list[Variant]:
     """The rows to evaluate: the float original, the methods compared, the chosen one last."""
-    chosen = Variant(settings.method, settings.weights, settings.activations)
-    methods = [m for m in dict.fromkeys(settings.compare) if m != settings.method] + [settings.method]
+    chosen = chosen_variant(settings)
+    own = (settings.method, settings.rounding)
+    methods = [pair for pair in compared(settings) if pair != own] + [own]
     modes = [(settings.weights, settings.activations), *(_MODES[m] for m in settings.modes)]
-    rows = [Variant(m, *mode) for mode in dict.fromkeys(modes) for m in methods]
+    rows = dict.fromkeys(variant(m, *mode, r) for mode in dict.fromkeys(modes) for m, r in methods)
     return [FLOAT, *(r for r in rows if r != chosen), chosen]
+
+
+def variant(method: str, weights: str, activations: str, rounding: str) -> Variant:
+    """A row; how weights are rounded says nothing where they are not."""
+    return Variant(method, weights, activations, rounding if weights == "mxfp4" else "nearest")
+
+
+def chosen_variant(settings: Settings) -> Variant:
+    """The row that is written."""
+    return variant(settings.method, settings.weights, settings.activations, settings.rounding)
 
 
 def convert(
@@ -139,11 +182,18 @@ def convert(
     check(config, settings)
     checkpoint.check_target(out, overwrite=overwrite)
     run = _Run(source, settings, calibration, evaluation)
-    _check_space(out, _checkpoint_bytes(source, settings) + (run.stream_bytes() if run.in_files() else 0))
+    needed = _checkpoint_bytes(source, settings) + (run.stream_bytes() if run.in_files() else 0)
+    if run.sensitive:
+        needed += gradients.disk_bytes(config, calibration.tokens.size)
+        progress.total += 2 * config.num_layers
+    _check_space(out, needed)
     with checkpoint.writing(out, overwrite=overwrite) as writer:
         with run.timed("embeddings"):
             progress.stage("embeddings")
             run.embed(writer.directory / "streams")
+        if run.sensitive:
+            with run.timed("sensitivity"):
+                run.measure_sensitivity(writer.directory / "sensitivity", progress)
         for index in range(config.num_layers):
             run.layer(index, writer, progress)
             progress.advance()
@@ -180,11 +230,25 @@ def convert(
 
 def check(config: DecoderConfig, settings: Settings) -> None:
     """Raise ConversionError for settings that do not exist or sizes that do not fit."""
-    for method in (settings.method, *settings.compare):
+    for method, rounded in ((settings.method, settings.rounding), *compared(settings)):
+        if rounded not in ROUNDINGS:
+            raise ConversionError(
+                f"unknown rounding {rounded!r} for method {method!r}: must be one of {', '.join(ROUNDINGS)}"
+            )
         try:
             solvers.check_options(method, method_options(method, settings))
         except TorqError as error:
             raise ConversionError(str(error)) from error
+    if settings.order not in rounding.ORDERS:
+        raise ConversionError(
+            f"unknown order {settings.order!r}: must be one of {', '.join(rounding.ORDERS)}"
+        )
+    if not 0 < settings.damping < float("inf"):
+        raise ConversionError(f"damping {settings.damping} must be positive: 0.01 is usual")
+    if settings.sensitivity not in SENSITIVITIES:
+        raise ConversionError(
+            f"unknown sensitivity {settings.sensitivity!r}: must be one of {', '.join(SENSITIVITIES)}"
+        )
     if settings.seed < 0:
         raise ConversionError(f"seed {settings.seed} must not be negative")
     for rule in (settings.weight_scale, settings.activation_scale):
@@ -255,8 +319,14 @@ class _Run:
         self.source, self.settings, self.config = source, settings, source.config
         self.calibration, self.evaluation = calibration, evaluation
         self.variants = variants(settings) if evaluation is not None else []
-        self.chosen = Variant(settings.method, settings.weights, settings.activations)
+        self.chosen = chosen_variant(settings)
         self.methods = list(dict.fromkeys([settings.method, *(v.method for v in self.variants if v.method)]))
+        needed = {solvers.needs_moments(m) for m in self.methods}
+        if any(v.rounding == "gptq" for v in (self.chosen, *self.variants)):
+            needed.add("full")
+        self.moments: statistics.Moments = next(m for m in ("full", "inter", "none") if m in needed)  # type: ignore[assignment]
+        self.sensitive = self.moments == "full" and settings.sensitivity == "loss"
+        self.sensitivity: gradients.Sensitivity | None = None
         self.formats: dict[str, SiteFormat] = {}
         self.sites: list[dict[str, Any]] = []
         self.energy: list[dict[str, Any]] = []
@@ -313,6 +383,8 @@ class _Run:
         for stream in (self.stream, *self.streams.values()):
             stream.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self.sensitivity is not None:
+            shutil.rmtree(self.sensitivity.folder, ignore_errors=True)
 
     def layer(self, index: int, writer: checkpoint.CheckpointWriter, progress: LayerProgress) -> None:
         """Take every stream through layer ``index`` and write the chosen method's shard of it."""
@@ -346,8 +418,10 @@ class _Run:
                         form, values = stored[variant]
                         formats[variant][site] = form.decoded()
                         self.bytes[variant] = self.bytes.get(variant, 0) + _nbytes(values)
+                        # Rounded operands are exact in bfloat16, and are multiplied in it.
+                        narrow = jnp.float32 if form.activation_scale is None else jnp.bfloat16
                         layers[variant][site] = checkpoint.decode_site(
-                            values, self.config, site, form, jnp.float32
+                            values, self.config, site, form, narrow
                         )
                     if method == self.settings.method:
                         form, shard[site] = stored[self.chosen]
@@ -374,18 +448,43 @@ class _Run:
 
     def calibrate(self, graph: Any, parameters: Any, index: int) -> dict[str, SiteStatistics]:
         """Statistics of every site from the calibration stream, which moves on to the next layer."""
-        needed = {solvers.needs_moments(m) for m in self.methods}
-        moments: statistics.Moments = next(m for m in ("full", "inter", "none") if m in needed)  # type: ignore[assignment]
         each = -(-SAMPLE_TOKENS // len(self.stream))
         gathered: dict[str, SiteStatistics] = {}
+        measured = self.sensitivity
+        token_weights = {} if measured is None else {s: measured.weights(index, s) for s in SITES}
         for i, x in enumerate(self.stream):
             y, taps = _run_tapped(graph, self.config, parameters, x)
             self.stream[i] = _finite(y, index)
             for site, activation in taps.items():
                 flat = activation.reshape(-1, activation.shape[-1])
-                one = statistics.gather(flat, samples=each, seed=self.settings.seed + i, moments=moments)
+                one = statistics.gather(
+                    flat,
+                    samples=each,
+                    seed=self.settings.seed + i,
+                    moments=self.moments,
+                    weights=token_weights[site][i] if token_weights else None,
+                )
                 gathered[site] = statistics.add(gathered[site], one) if site in gathered else one
+        for site, found in gathered.items():
+            gain = None
+            if self.moments == "full":
+                gain = output_gain(parameters[site], site) if measured is None else measured.gain(index, site)
+            outputs = sum(self.config.site_out_features(site).values())
+            gathered[site] = dataclasses.replace(found, gain=gain, outputs=outputs)
         return gathered
+
+    def measure_sensitivity(self, folder: Path, progress: LayerProgress) -> None:
+        """The pass back through the source, whose findings the statistics of every layer then use."""
+        graph, _ = decoder.make_layer(self.config)
+        self.sensitivity = gradients.measure(
+            self.source,
+            functools.partial(read_layer, self.source),
+            functools.partial(_run, graph, self.config),
+            self.calibration.tokens,
+            folder,
+            seed=self.settings.seed,
+            progress=progress,
+        )
 
     def advance(self, variant: Variant, graph: Any, parameters: Any, index: int) -> None:
         """Take one evaluation stream through a layer."""
@@ -416,7 +515,39 @@ class _Run:
             folded[name] = (
                 weight if transform is None else rotation.fold_host(weight, transform, dtype=np.float32)
             )
-        return SolvedSite(transform, folded, dict(solution.report), seconds)
+        second = None
+        if gathered.second is not None and any(
+            v.rounding == "gptq" and v.method == method for v in (self.chosen, *self.variants)
+        ):
+            second = gathered.second.astype(np.float64)
+            if transform is not None:
+                half = rotation.rotate_host(second, transform)
+                second = rotation.rotate_host(np.ascontiguousarray(half.T), transform)
+                second = (second + second.T) / 2  # the two products round apart
+        return SolvedSite(transform, folded, dict(solution.report), seconds, second)
+
+    def round(self, solved: SolvedSite, rounded: str) -> dict[str, mxfp4.MXFP4Array]:
+        """The folded weights in MXFP4; once for all rows that store them alike."""
+        if rounded not in solved.packed:
+            rule: Any = self.settings.weight_scale
+            solved.packed[rounded] = {}
+            for name, folded in solved.folded.items():
+                if rounded == "gptq":
+                    assert solved.second is not None  # gathered wherever a row asks for it
+                    found = rounding.gptq(
+                        jnp.asarray(folded),
+                        solved.second,
+                        rule,
+                        damping=self.settings.damping,
+                        order=self.settings.order,  # type: ignore[arg-type]
+                    )
+                    q = found.weight
+                    solved.report[f"{name}_error_nearest"] = float(found.error_nearest)
+                    solved.report[f"{name}_error_gptq"] = float(found.error)
+                else:
+                    q = mxfp4.quantize(jnp.asarray(folded), rule)
+                solved.packed[rounded][name] = q
+        return solved.packed[rounded]
 
     def site(
         self, site: str, solved: SolvedSite, weights: Mapping[str, Any], variant: Variant
@@ -437,7 +568,7 @@ class _Run:
                 values[level] = np.asarray(getattr(transform, level))
         for name, folded in solved.folded.items():
             if packed:
-                q = mxfp4.quantize(jnp.asarray(folded), self.settings.weight_scale)  # type: ignore[arg-type]
+                q = self.round(solved, variant.rounding)[name]
                 values[f"{name}_codes"], values[f"{name}_scales"] = np.asarray(q.codes), np.asarray(q.scales)
             else:
                 size = form.stored_features(self.config.site_in_features(site))
@@ -485,7 +616,7 @@ class _Run:
         for k, v in shares.items():
             self.codebook[site][k].append(np.asarray(v).mean(0))
         cost = None if solved.transform is None else rotation.online_cost(solved.transform)
-        error = 0.0 if solved.transform is None else rotation.check_orthogonal(solved.transform)
+        error = 0.0 if solved.transform is None else rotation.orthogonality_error(solved.transform)
         self.sites.append(
             {
                 "layer": index,
@@ -502,6 +633,7 @@ class _Run:
                 "online_multiply_adds": 0 if cost is None else int(cost.multiply_adds),
                 "online_bytes": 0 if cost is None else int(cost.bytes_read),
                 "orthogonality_error": float(error),
+                "condition_number": 1.0 if solved.transform is None else _condition(solved.transform),
                 "solver_seconds": solved.seconds,
                 "solver": solved.report,
             }
@@ -549,6 +681,7 @@ class _Run:
                 {
                     "label": variant.label,
                     "method": variant.method,
+                    "rounding": variant.rounding,
                     "weights": "float" if variant.weights == "bf16" else variant.weights,
                     "activations": "float" if variant.activations == "bf16" else variant.activations,
                     "chosen": variant == self.chosen,
@@ -638,8 +771,13 @@ def _run(graph: Any, config: DecoderConfig, parameters: Any, x: Any) -> Any:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_tapped(graph: Any, config: DecoderConfig, parameters: Any, x: Any) -> Any:
     taps: dict[str, Any] = {}
+
+    def record(site: str, activation: Any) -> Any:
+        taps[site] = activation
+        return activation
+
     rope = decoder.rope_tables(config, jnp.arange(x.shape[1]))
-    y = decoder.merge_layer(graph, parameters)(x, rope, tap=taps.__setitem__)[0]
+    y = decoder.merge_layer(graph, parameters)(x, rope, tap=record)[0]
     return y, taps
 
 
@@ -650,6 +788,23 @@ def _finite(x: Any, index: int) -> np.ndarray:
             f"activations became NaN or infinite in layer {index}: the checkpoint is unsound"
         )
     return x
+
+
+def output_gain(weights: Mapping[str, Any], site: str) -> np.ndarray:
+    """``W^T W`` of the site's weights together, padded as the activations are."""
+    stacked = np.concatenate([np.asarray(weights[name], np.float32) for name in SITE_WEIGHTS[site]])
+    missing = mxfp4.padded_size(stacked.shape[1]) - stacked.shape[1]
+    stacked = np.pad(stacked, ((0, 0), (0, missing)))
+    return stacked.T @ stacked
+
+
+def _condition(transform: TwoLevelRotation) -> float:
+    """Bound on the condition number of the whole transform: the largest of each level's, multiplied."""
+    product = 1.0
+    for matrix in (transform.inter, transform.intra):
+        if matrix is not None:
+            product *= float(np.linalg.cond(np.asarray(matrix).astype(np.float64)).max())
+    return product
 
 
 def _block_energy(x: Any) -> np.ndarray:

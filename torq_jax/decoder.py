@@ -27,8 +27,9 @@ from torq_jax.matmul import dot, precision, prepare
 from torq_jax.mxfp4 import BLOCK, MXFP4Array
 from torq_jax.rotation import TwoLevelRotation
 
-Tap = Callable[[str, Array], None]
-"""Called while tracing with a site's name and the activation ``[b, t, features]`` that enters it."""
+Tap = Callable[[str, Array], Array]
+"""Called while tracing with a site's name and the activation ``[b, t, features]`` that enters it; the layer goes
+on with what is returned."""
 
 QUERY_CHUNK = 256
 """Queries whose attention scores are held at a time; bounds memory at long windows."""
@@ -117,11 +118,11 @@ class Site(nnx.Module):
     def __call__(self, x: Float[Array, "b t i"], tap: Tap | None = None) -> list[Float[Array, "b t o"]]:
         """Outputs of the site's linear layers, in the order of :data:`~torq_jax.config.SITE_WEIGHTS`."""
         if tap is not None:
-            tap(self.site, x)
+            x = tap(self.site, x)
         x = prepare(x, self.rotation(), self.form.activation_scale)
         outputs = []
         for name in SITE_WEIGHTS[self.site]:
-            y = dot(x, self.weight(name))
+            y = dot(x, self.weight(name), rounded=self.form.activation_scale is not None)
             bias = getattr(self, f"{name}_bias", None)
             outputs.append(y if bias is None else y + bias[...].astype(y.dtype))
         return outputs

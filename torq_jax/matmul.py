@@ -49,7 +49,7 @@ def matmul(
       TorqError: an implementation that does not exist or cannot run, or shapes that do not fit.
     """
     select(implementation)
-    return dot(prepare(x, transform, activation_scale), weight)
+    return dot(prepare(x, transform, activation_scale), weight, rounded=activation_scale is not None)
 
 
 def select(implementation: str | None) -> str:
@@ -94,11 +94,20 @@ def prepare(
 
 
 def dot(
-    x: Float[Array, "*batch features"], weight: Float[Array, "out features"] | MXFP4Array
+    x: Float[Array, "*batch features"],
+    weight: Float[Array, "out features"] | MXFP4Array,
+    *,
+    rounded: bool = False,
 ) -> Float[Array, "*batch out"]:
-    """``x @ weight.T`` accumulated in float32; a packed weight is decoded to ``x``'s dtype, which is exact."""
+    """``x @ weight.T`` accumulated in float32, in the dtype of ``x``.
+
+    With ``rounded`` the activations hold MXFP4 values. These are exact in bfloat16, and so are a packed weight's:
+    such operands are multiplied in bfloat16, the type that matrix units are made for, and no product changes.
+    """
+    narrow = rounded and (isinstance(weight, MXFP4Array) or weight.dtype == jnp.bfloat16)
+    dtype, result = (jnp.dtype(jnp.bfloat16) if narrow else x.dtype), x.dtype
     if isinstance(weight, MXFP4Array):
-        weight = mxfp4.dequantize(weight, x.dtype)
+        weight = mxfp4.dequantize(weight, dtype)
     padding = x.shape[-1] - weight.shape[-1]
     if padding < 0 or padding >= mxfp4.BLOCK:
         raise TorqError(f"activations have {x.shape[-1]} features, the weight {weight.shape[-1]}")
@@ -107,11 +116,11 @@ def dot(
         weight = jnp.pad(weight, ((0, 0), (0, padding)))
     return jnp.einsum(
         "...i,oi->...o",
-        x,
-        weight.astype(x.dtype),
-        precision=precision(x.dtype),
+        x.astype(dtype),
+        weight.astype(dtype),
+        precision=precision(dtype),
         preferred_element_type=jnp.float32,
-    ).astype(x.dtype)
+    ).astype(result)
 
 
 def precision(dtype: Any) -> jax.lax.Precision | None:

@@ -166,6 +166,19 @@ def padded_size(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
+def amax_exponent(
+    blocks: Float[Array, "*b 32"], scale_rule: Literal["floor", "ceil", "even"]
+) -> Int32[Array, "*b"]:
+    """Exponent that a rule gives each block by its largest magnitude; at least -127. Blocks are finite."""
+    amax = jnp.max(_float32_bits(blocks) & 0x7FFFFFFF, axis=-1)
+    return _amax_exponent(amax, scale_rule)
+
+
+def _amax_exponent(amax: Array, scale_rule: str) -> Array:
+    # A subnormal amax has exponent field 0, which every rule clamps.
+    return jnp.maximum(((amax + _CARRY[scale_rule]) >> _MANTISSA) - 129, -SCALE_BIAS)
+
+
 def _check(x: Array, scale_rule: str, axis: int, pad: bool) -> tuple[int, int]:
     """Validate the arguments of quantize; the axis from the end and its padded length."""
     if scale_rule not in SCALE_RULES:
@@ -252,8 +265,7 @@ def _encode(
     sign = ((bits >> 28) & 8).astype(jnp.uint8)
     amax = jnp.max(magnitude, axis=-1)  # [..., blocks]
 
-    # A subnormal amax has exponent field 0, which every rule clamps.
-    exponent = jnp.maximum(((amax + _CARRY[scale_rule]) >> _MANTISSA) - 129, -SCALE_BIAS)
+    exponent = _amax_exponent(amax, scale_rule)
     if scale_rule == "mse":
         exponent = _least_error_exponent(magnitude, exponent)
     codes = _round_to_codes(magnitude, exponent)

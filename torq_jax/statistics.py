@@ -138,7 +138,7 @@ def _gather(
     if moments == "full":
         weighed = x if weights is None else raw * jnp.sqrt(weights)[:, None]
         second = jnp.einsum("tc,td->cd", weighed, weighed, precision=jax.lax.Precision.HIGHEST)
-    if moments == "full" and weights is None:
+    if second is not None and weights is None:
         inter = jnp.einsum("bkck->kbc", second.reshape(blocks, BLOCK, blocks, BLOCK))
     elif moments == "none":
         inter = jnp.zeros((BLOCK, blocks, blocks))
