@@ -310,6 +310,103 @@ def read_layer(source: Source, index: int) -> dict[str, Any]:
     return parameters
 
 
+def solve_site(
+    site: str,
+    gathered: SiteStatistics,
+    weights: Mapping[str, Any],
+    settings: Settings,
+    method: str,
+    *,
+    second: bool,
+) -> SolvedSite:
+    """The site's rotation as it will be stored, and its weights folded with that.
+
+    ``second`` asks for the second moment of the rotated activations, which GPTQ needs.
+    """
+    start = time.monotonic()
+    options = method_options(method, settings)
+    solution = solvers.solve(method, gathered, seed=settings.seed, **options)
+    seconds = time.monotonic() - start
+    found = solution.rotation
+    rotates = found.inter is not None or found.intra is not None
+    transform = rotation.astype(found, jnp.bfloat16) if rotates else None
+    folded = {}
+    for name in SITE_WEIGHTS[site]:
+        weight = np.asarray(weights[name])
+        missing = mxfp4.padded_size(weight.shape[1]) - weight.shape[1]
+        weight = np.pad(weight, ((0, 0), (0, missing))) if missing else weight
+        folded[name] = (
+            weight if transform is None else rotation.fold_host(weight, transform, dtype=np.float32)
+        )
+    moment = None
+    if second:
+        if gathered.second is None:
+            raise TorqError('GPTQ needs the second moments: gather them with moments="full"')
+        moment = gathered.second.astype(np.float64)
+        if transform is not None:
+            half = rotation.rotate_host(moment, transform)
+            moment = rotation.rotate_host(np.ascontiguousarray(half.T), transform)
+            moment = (moment + moment.T) / 2  # the two products round apart
+    return SolvedSite(transform, folded, dict(solution.report), seconds, moment)
+
+
+def round_weights(solved: SolvedSite, settings: Settings, rounded: str) -> dict[str, mxfp4.MXFP4Array]:
+    """The folded weights in MXFP4; once for all rows that store them alike."""
+    if rounded not in solved.packed:
+        rule: Any = settings.weight_scale
+        packed = solved.packed[rounded] = {}
+        for name, folded in solved.folded.items():
+            if rounded == "gptq":
+                if solved.second is None:
+                    raise TorqError("solve the site with second=True for GPTQ")
+                found = rounding.gptq(
+                    jnp.asarray(folded),
+                    solved.second,
+                    rule,
+                    damping=settings.damping,
+                    order=settings.order,  # type: ignore[arg-type]
+                )
+                packed[name] = found.weight
+                solved.report[f"{name}_error_nearest"] = found.error_nearest
+                solved.report[f"{name}_error_gptq"] = found.error
+            else:
+                packed[name] = mxfp4.quantize(jnp.asarray(folded), rule)
+    return solved.packed[rounded]
+
+
+def store_site(
+    config: DecoderConfig,
+    float_dtype: Any,
+    site: str,
+    solved: SolvedSite,
+    weights: Mapping[str, Any],
+    settings: Settings,
+    variant: Variant,
+) -> tuple[SiteFormat, dict[str, Any]]:
+    """Format and parameters of a site as a checkpoint of ``variant`` would store them."""
+    packed = variant.weights == "mxfp4"
+    transform = solved.transform
+    form = SiteFormat(
+        weights="mxfp4" if packed else "float",
+        weight_scale=settings.weight_scale if packed else None,
+        activation_scale=settings.activation_scale if variant.activations == "mxfp4" else None,  # type: ignore[arg-type]
+        inter=None if transform is None or transform.inter is None else tuple(transform.inter.shape),
+        intra=None if transform is None or transform.intra is None else tuple(transform.intra.shape),
+    )
+    values: dict[str, Any] = {k: v for k, v in weights.items() if k.endswith("_bias")}
+    for level in ("inter", "intra"):
+        if getattr(form, level) is not None:
+            values[level] = np.asarray(getattr(transform, level))
+    for name, folded in solved.folded.items():
+        if packed:
+            q = round_weights(solved, settings, variant.rounding)[name]
+            values[f"{name}_codes"], values[f"{name}_scales"] = np.asarray(q.codes), np.asarray(q.scales)
+        else:
+            size = form.stored_features(config.site_in_features(site))
+            values[name] = folded[:, :size].astype(float_dtype)
+    return form, values
+
+
 class _Run:
     """State of one conversion: the streams that travel through the layers, and what is reported."""
 
@@ -411,9 +508,26 @@ class _Run:
             shard: dict[str, Any] = dict(shared)
             for site in SITES:
                 with self.timed("solving"):
-                    solved = self.solve(method, site, gathered[site], parameters[site])
+                    second = any(
+                        v.rounding == "gptq" and v.method == method for v in (self.chosen, *self.variants)
+                    )
+                    solved = solve_site(
+                        site, gathered[site], parameters[site], self.settings, method, second=second
+                    )
+                    self.solver_seconds[method] = self.solver_seconds.get(method, 0.0) + solved.seconds
                 with self.timed("rounding"):
-                    stored = {v: self.site(site, solved, parameters[site], v) for v in written}
+                    stored = {
+                        v: store_site(
+                            self.config,
+                            self.source.float_dtype,
+                            site,
+                            solved,
+                            parameters[site],
+                            self.settings,
+                            v,
+                        )
+                        for v in written
+                    }
                     for variant in rows:
                         form, values = stored[variant]
                         formats[variant][site] = form.decoded()
@@ -453,7 +567,7 @@ class _Run:
         measured = self.sensitivity
         token_weights = {} if measured is None else {s: measured.weights(index, s) for s in SITES}
         for i, x in enumerate(self.stream):
-            y, taps = _run_tapped(graph, self.config, parameters, x)
+            y, taps = run_tapped(graph, self.config, parameters, x)
             self.stream[i] = _finite(y, index)
             for site, activation in taps.items():
                 flat = activation.reshape(-1, activation.shape[-1])
@@ -479,7 +593,7 @@ class _Run:
         self.sensitivity = gradients.measure(
             self.source,
             functools.partial(read_layer, self.source),
-            functools.partial(_run, graph, self.config),
+            functools.partial(run_layer, graph, self.config),
             self.calibration.tokens,
             folder,
             seed=self.settings.seed,
@@ -491,89 +605,9 @@ class _Run:
         stream = self.streams[variant]
         parameters = jax.tree.map(jnp.asarray, parameters)
         for i, x in enumerate(stream):
-            stream[i] = _finite(_run(graph, self.config, parameters, x), index)
+            stream[i] = _finite(run_layer(graph, self.config, parameters, x), index)
 
     # -- sites ---------------------------------------------------------------------------------------------
-
-    def solve(
-        self, method: str, site: str, gathered: SiteStatistics, weights: Mapping[str, Any]
-    ) -> SolvedSite:
-        """The site's rotation as it will be stored, and its weights folded with that."""
-        start = time.monotonic()
-        options = method_options(method, self.settings)
-        solution = solvers.solve(method, gathered, seed=self.settings.seed, **options)
-        seconds = time.monotonic() - start
-        self.solver_seconds[method] = self.solver_seconds.get(method, 0.0) + seconds
-        found = solution.rotation
-        rotates = found.inter is not None or found.intra is not None
-        transform = rotation.astype(found, jnp.bfloat16) if rotates else None
-        folded = {}
-        for name in SITE_WEIGHTS[site]:
-            weight = np.asarray(weights[name])
-            missing = mxfp4.padded_size(weight.shape[1]) - weight.shape[1]
-            weight = np.pad(weight, ((0, 0), (0, missing))) if missing else weight
-            folded[name] = (
-                weight if transform is None else rotation.fold_host(weight, transform, dtype=np.float32)
-            )
-        second = None
-        if gathered.second is not None and any(
-            v.rounding == "gptq" and v.method == method for v in (self.chosen, *self.variants)
-        ):
-            second = gathered.second.astype(np.float64)
-            if transform is not None:
-                half = rotation.rotate_host(second, transform)
-                second = rotation.rotate_host(np.ascontiguousarray(half.T), transform)
-                second = (second + second.T) / 2  # the two products round apart
-        return SolvedSite(transform, folded, dict(solution.report), seconds, second)
-
-    def round(self, solved: SolvedSite, rounded: str) -> dict[str, mxfp4.MXFP4Array]:
-        """The folded weights in MXFP4; once for all rows that store them alike."""
-        if rounded not in solved.packed:
-            rule: Any = self.settings.weight_scale
-            solved.packed[rounded] = {}
-            for name, folded in solved.folded.items():
-                if rounded == "gptq":
-                    assert solved.second is not None  # gathered wherever a row asks for it
-                    found = rounding.gptq(
-                        jnp.asarray(folded),
-                        solved.second,
-                        rule,
-                        damping=self.settings.damping,
-                        order=self.settings.order,  # type: ignore[arg-type]
-                    )
-                    q = found.weight
-                    solved.report[f"{name}_error_nearest"] = float(found.error_nearest)
-                    solved.report[f"{name}_error_gptq"] = float(found.error)
-                else:
-                    q = mxfp4.quantize(jnp.asarray(folded), rule)
-                solved.packed[rounded][name] = q
-        return solved.packed[rounded]
-
-    def site(
-        self, site: str, solved: SolvedSite, weights: Mapping[str, Any], variant: Variant
-    ) -> tuple[SiteFormat, dict[str, Any]]:
-        """Format and parameters of a site as a checkpoint of ``variant`` would store them."""
-        packed = variant.weights == "mxfp4"
-        transform = solved.transform
-        form = SiteFormat(
-            weights="mxfp4" if packed else "float",
-            weight_scale=self.settings.weight_scale if packed else None,
-            activation_scale=self.settings.activation_scale if variant.activations == "mxfp4" else None,  # type: ignore[arg-type]
-            inter=None if transform is None or transform.inter is None else tuple(transform.inter.shape),
-            intra=None if transform is None or transform.intra is None else tuple(transform.intra.shape),
-        )
-        values: dict[str, Any] = {k: v for k, v in weights.items() if k.endswith("_bias")}
-        for level in ("inter", "intra"):
-            if getattr(form, level) is not None:
-                values[level] = np.asarray(getattr(transform, level))
-        for name, folded in solved.folded.items():
-            if packed:
-                q = self.round(solved, variant.rounding)[name]
-                values[f"{name}_codes"], values[f"{name}_scales"] = np.asarray(q.codes), np.asarray(q.scales)
-            else:
-                size = form.stored_features(self.config.site_in_features(site))
-                values[name] = folded[:, :size].astype(self.source.float_dtype)
-        return form, values
 
     def diagnose(
         self,
@@ -763,13 +797,15 @@ class _Run:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(graph: Any, config: DecoderConfig, parameters: Any, x: Any) -> Any:
+def run_layer(graph: Any, config: DecoderConfig, parameters: Any, x: Any) -> Any:
+    """The residual stream ``x [1, t, H]`` after one layer."""
     rope = decoder.rope_tables(config, jnp.arange(x.shape[1]))
     return decoder.merge_layer(graph, parameters)(x, rope)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_tapped(graph: Any, config: DecoderConfig, parameters: Any, x: Any) -> Any:
+def run_tapped(graph: Any, config: DecoderConfig, parameters: Any, x: Any) -> Any:
+    """The residual stream after one layer, and the activations that enter each site."""
     taps: dict[str, Any] = {}
 
     def record(site: str, activation: Any) -> Any:

@@ -260,7 +260,7 @@ def _candidates(rule: ScaleRule) -> Scales:
     return scales
 
 
-_SCALES: dict[ScaleRule, Scales] = {rule: _candidates(rule) for rule in mxfp4.SCALE_RULES}
+_SCALES = {rule: _candidates(rule) for rule in get_args(ScaleRule)}
 
 
 def _power_of_two(exponent: Int32[Array, "*n"]) -> Float32[Array, "*n"]:
