@@ -97,5 +97,5 @@ def test_the_full_moment_of_normalised_tokens_holds_inter():
 
 @pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
 def test_weights_must_be_finite_and_not_negative(bad):
-    with pytest.raises(TorqError, match="one finite number a token"):
+    with pytest.raises(TorqError, match="must be finite, none negative"):
         statistics.gather(jnp.ones((3, 32)), moments="full", weights=jnp.array([1.0, bad, 1.0]))

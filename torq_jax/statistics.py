@@ -86,7 +86,7 @@ def gather(
         weights = jnp.asarray(weights, jnp.float32)
         if weights.shape != (count,) or not bool(jnp.all(jnp.isfinite(weights) & (weights >= 0))):
             raise TorqError(
-                f"weights of shape {weights.shape} for {count} tokens: must be one finite number a token, none negative"
+                f"weights of shape {weights.shape} for {count} tokens: must be finite, none negative"
             )
     tokens, inter, second, kept = _gather(jnp.asarray(x), jnp.asarray(rows), weights, moments)
     if not np.isfinite(tokens):

@@ -6,6 +6,7 @@ nothing downstream knows a method by name.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import numbers
 import typing
@@ -14,12 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from torq_jax import statistics as site_statistics
 from torq_jax.errors import TorqError
 from torq_jax.rotation import TwoLevelRotation
-from torq_jax.solvers import hadamard, none, torq
+from torq_jax.solvers import full_hadamard, hadamard, none, random, torq, two_level, wush
 from torq_jax.solvers.micro import codebook_histogram, entropy_bits
 from torq_jax.solvers.solution import Solution
 from torq_jax.statistics import Moments, SiteStatistics
@@ -27,13 +29,17 @@ from torq_jax.statistics import Moments, SiteStatistics
 _SOLVERS: dict[str, Callable[..., Solution]] = {
     "none": none.solve,
     "hadamard": hadamard.solve,
+    "random": random.solve,
+    "full_hadamard": full_hadamard.solve,
     "torq": torq.solve,
+    "wush": wush.solve,
+    "two_level": two_level.solve,
 }
 
 METHODS: tuple[str, ...] = tuple(_SOLVERS)
 """Names that :func:`solve` knows."""
 
-_MOMENTS: dict[str, Moments] = {"torq": "inter"}
+_MOMENTS: dict[str, Moments] = {"torq": "inter", "wush": "full", "two_level": "full"}
 
 __all__ = [
     "METHODS",
@@ -52,6 +58,7 @@ def fit(
     x: Float[Array, "tokens features"],
     method: str = "torq",
     *,
+    weight: Float[Array, "out features"] | None = None,
     seed: int = 0,
     dtype: Any = jnp.bfloat16,
     **options: Any,
@@ -61,6 +68,7 @@ def fit(
     Args:
       x: a sample of the activations that will be quantised, any float dtype.
       method: one of :data:`METHODS`.
+      weight: that reads the activations, or several stacked; "wush" and "two_level" need it.
       seed: of everything random.
       dtype: of the matrices; fold weights with the rotation as returned, and the float product stays exact.
       **options: the method's own, see :func:`method_options`.
@@ -73,6 +81,12 @@ def fit(
     """
     method_options(method)  # a misspelt name is told before anything is gathered
     gathered = site_statistics.gather(x, moments=needs_moments(method))
+    if weight is not None:
+        if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
+            raise TorqError(f"weight has shape {weight.shape}, the activations {x.shape}: must be [out, features]")
+        stacked = np.asarray(weight, np.float32)
+        stacked = np.pad(stacked, ((0, 0), (0, gathered.samples.shape[1] - stacked.shape[1])))
+        gathered = dataclasses.replace(gathered, gain=stacked.T @ stacked, outputs=len(stacked))
     solution = solve(method, gathered, seed=seed, **options)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), solution.rotation)
 
