@@ -1,0 +1,353 @@
+"""Every method on one model, one protocol, one table: perplexity above float on two kinds of text, paired errors.
+
+python -m benchmarks.accuracy --data FOLDER                       # all rows; hours on two cores, resumable
+python -m benchmarks.accuracy --data FOLDER --rows two_level wush hadamard
+
+FOLDER holds wikitext2_train_slice.txt, c4_calibration.jsonl (calibration), wikitext2_test.txt and
+c4_evaluation.jsonl (evaluation). Statistics are gathered once, in ``--work``; a row that the JSON has is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.machine import describe
+from convert import gradients, names, pipeline, sources
+from convert.progress import LayerProgress, progress
+from convert.sources import Source
+from torq_jax import checkpoint, decoder, evaluate, statistics
+from torq_jax.config import SITES
+from torq_jax.statistics import SiteStatistics
+
+TEXTS = {"wikitext2": "wikitext2_test.txt", "c4": "c4_evaluation.jsonl"}
+CALIBRATION = {
+    "mixture": ("wikitext2_train_slice.txt", "c4_calibration.jsonl"),
+    "wikitext2": ("wikitext2_train_slice.txt",),
+}
+MODES = {"a4": ("bf16", "nearest"), "nearest": ("mxfp4", "nearest"), "gptq": ("mxfp4", "gptq")}
+TITLES = {"a4": "A4 only", "nearest": "W4A4 nearest", "gptq": "W4A4 + GPTQ"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A line of the table: a solver, and what it weighs errors by."""
+
+    name: str
+    method: str
+    sensitivity: str = "output"
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+# What a competitor published weighs errors by the layer's output; the same with the loss's weights beside it.
+ENTRIES = (
+    Entry("two_level", "two_level", "loss"),
+    Entry("wush", "wush"),
+    Entry("hadamard", "hadamard"),
+    Entry("wush, loss", "wush", "loss"),
+    Entry("none", "none"),
+    Entry("two_level, budget 0.2", "two_level", "loss", (("budget", 0.2),)),
+    Entry("two_level, orthogonal macro", "two_level", "loss", (("macro", "orthogonal"),)),
+    Entry("two_level, orthogonal only", "two_level", "loss", (("orthogonal_only", True),)),
+    Entry("hadamard, loss", "hadamard", "loss"),
+    Entry("two_level, output", "two_level"),
+    Entry("full_hadamard", "full_hadamard"),
+    Entry("random", "random"),
+    Entry("torq", "torq"),
+    Entry("none, loss", "none", "loss"),
+)
+
+
+def windows(tokenizer: Any, files: list[Path], count: int, length: int) -> np.ndarray:
+    """``count`` windows of ``length`` tokens, as many from each file, spread evenly over it."""
+    found = []
+    for file in files:
+        tokens = evaluate.tokenize(tokenizer, evaluate.read_text(file)[0])
+        whole = evaluate.cut(tokens, length)
+        rows = np.linspace(0, len(whole) - 1, count // len(files)).round().astype(int)
+        if len(set(rows.tolist())) != len(rows):
+            raise SystemExit(f"{file} has {len(whole)} windows of {length} tokens: fewer than {len(rows)}")
+        found.append(whole[rows])
+    return np.concatenate(found)
+
+
+def gather(source: Source, tokens: np.ndarray, folder: Path, shown: LayerProgress) -> None:
+    """Statistics of every layer and site under both weightings, into files."""
+    graph, _ = decoder.make_layer(source.config)
+    run = functools.partial(pipeline.run_layer, graph, source.config)
+    measured = gradients.measure(
+        source,
+        functools.partial(pipeline.read_layer, source),
+        run,
+        tokens,
+        folder / "sensitivity",
+        seed=0,
+        progress=shown,
+    )
+    table = source.read(names.outer_tensors(source.config)["embed"])
+    stream = [table[row][None].astype(np.float32) for row in tokens]
+    each = -(-pipeline.SAMPLE_TOKENS // len(stream))
+    for layer in range(source.config.num_layers):
+        shown.stage("statistics")
+        parameters = pipeline.read_layer(source, layer)
+        weights = {site: measured.weights(layer, site) for site in SITES}
+        found: dict[str, tuple[SiteStatistics, SiteStatistics]] = {}
+        for i, x in enumerate(stream):
+            y, taps = pipeline.run_tapped(graph, source.config, parameters, x)
+            stream[i] = np.asarray(y)
+            for site, activation in taps.items():
+                flat = activation.reshape(-1, activation.shape[-1])
+                own = statistics.gather(flat, samples=each, seed=i, moments="full")
+                weighed = statistics.gather(flat, samples=1, seed=i, moments="full", weights=weights[site][i])
+                if site in found:
+                    before = found[site]
+                    found[site] = (statistics.add(before[0], own), statistics.add(before[1], weighed))
+                else:
+                    found[site] = (own, weighed)
+        for site, (own, weighed) in found.items():
+            np.savez(
+                folder / f"{layer}.{site}.npz",
+                tokens=own.tokens,
+                inter=own.inter,
+                samples=own.samples,
+                output=own.second,
+                loss=weighed.second,
+                gain=measured.gain(layer, site),
+            )
+        shown.advance()
+    (folder / "done").touch()
+
+
+def load(
+    folder: Path, source: Source, layer: int, site: str, sensitivity: str, weights: Any
+) -> SiteStatistics:
+    """What :func:`gather` found, under one weighting."""
+    with np.load(folder / f"{layer}.{site}.npz", allow_pickle=False) as stored:
+        gain = stored["gain"] if sensitivity == "loss" else pipeline.output_gain(weights, site)
+        return SiteStatistics(
+            float(stored["tokens"]),
+            stored["inter"],
+            stored["samples"],
+            stored[sensitivity],
+            gain,
+            sum(source.config.site_out_features(site).values()),
+        )
+
+
+def run_entry(
+    entry: Entry | None,
+    modes: list[str],
+    source: Source,
+    folder: Path,
+    tokens: np.ndarray,
+    settings: pipeline.Settings,
+    shown: LayerProgress,
+) -> dict[str, dict[str, Any]]:
+    """Losses of each window in each mode; of the float model when there is no entry."""
+    config, start = source.config, time.monotonic()
+    outer = names.outer_tensors(config)
+    table = source.read(outer["embed"])
+    stored = table.astype(source.float_dtype) if entry else table
+    streams = {m: [stored[row][None].astype(np.float32) for row in tokens] for m in modes}
+    solving, rounding, report = 0.0, 0.0, []
+    for layer in range(config.num_layers):
+        parameters = pipeline.read_layer(source, layer)
+        layers: dict[str, dict[str, Any]] = {
+            m: {k: v for k, v in parameters.items() if k not in SITES} for m in modes
+        }
+        formats: dict[str, dict[str, decoder.SiteFormat]] = {m: {} for m in modes}
+        for site in SITES if entry else ():
+            found = load(folder, source, layer, site, entry.sensitivity, parameters[site])
+            solved = pipeline.solve_site(
+                site, found, parameters[site], settings, entry.method, second="gptq" in modes
+            )
+            solving += solved.seconds
+            for mode in modes:
+                weights, rounded = MODES[mode]
+                begun = time.monotonic()
+                form, values = pipeline.store_site(
+                    config,
+                    source.float_dtype,
+                    site,
+                    solved,
+                    parameters[site],
+                    settings,
+                    pipeline.variant(entry.method, weights, "mxfp4", rounded),
+                )
+                rounding += time.monotonic() - begun
+                formats[mode][site] = form.decoded()
+                layers[mode][site] = checkpoint.decode_site(values, config, site, form, jnp.bfloat16)
+            report.append({"layer": layer, "site": site, **solved.report})
+        for mode in modes:
+            given = formats[mode] if entry else decoder.FLOAT
+            graph, _ = decoder.make_layer(config, given)
+            values = layers[mode] if entry else parameters
+            for i, x in enumerate(streams[mode]):
+                streams[mode][i] = np.asarray(pipeline.run_layer(graph, config, values, x))
+        shown.advance()
+    norm = jnp.asarray(source.read(outer["norm"]).astype(np.float32))
+    head = stored if config.tie_embeddings else source.read(outer["lm_head"])
+    head = jnp.asarray(head.astype(source.float_dtype) if entry else head)
+    result = {}
+    for mode in modes:
+        losses = [
+            evaluate.negative_log_likelihood(
+                jnp.asarray(x), jnp.asarray(t[None]), norm, head, eps=config.norm_eps
+            )
+            for x, t in zip(streams[mode], tokens, strict=True)
+        ]
+        result[mode] = {
+            "losses": np.concatenate(losses).mean(-1, dtype=np.float64).round(6).tolist(),
+            "solver_seconds": round(solving, 1),
+            "rounding_seconds": round(rounding, 1),
+            "all_modes_seconds": round(time.monotonic() - start, 1),
+        }
+        for key in ("macro_gain_db", "block_gain_db", "condition_number", "group"):
+            if report and key in report[0]:
+                result[mode][key] = {
+                    site: float(np.mean([r[key] for r in report if r["site"] == site])) for site in SITES
+                }
+    return result
+
+
+def difference(losses: list[float], reference: list[float]) -> tuple[float, float]:
+    """Mean of the paired difference over windows, and its standard error."""
+    delta = np.subtract(losses, reference)
+    return float(delta.mean()), float(delta.std(ddof=1) / np.sqrt(len(delta)))
+
+
+def print_table(result: dict[str, Any], count: int) -> None:
+    """Nats per token above float, by text."""
+    base = result["float"]["losses"]
+    slices = {text: slice(i * count, (i + 1) * count) for i, text in enumerate(TEXTS)}
+    for text, part in slices.items():
+        print(f"{text}: float perplexity {np.exp(np.mean(base[part])):.3f}; nats per token above it")
+        print(f"  {'':30s}" + "".join(f"{TITLES[m]:>20s}" for m in MODES))
+        for name, modes in result["rows"].items():
+            cells = []
+            for mode in MODES:
+                if mode in modes:
+                    mean, se = difference(modes[mode]["losses"][part], base[part])
+                    cells.append(f"{mean:10.3f} ± {se:.3f}")
+                else:
+                    cells.append("-")
+            print(f"  {name:30s}" + "".join(f"{c:>20s}" for c in cells))
+
+
+def draw(result: dict[str, Any], count: int, path: Path) -> None:
+    """Bars of every row with GPTQ and of A4 alone, both texts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    base = result["float"]["losses"]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.42 * len(result["rows"]) + 1.8), sharey=True)
+    for axis, mode in zip(axes, ("a4", "gptq"), strict=True):
+        rows = [n for n, modes in result["rows"].items() if mode in modes]
+        for i, text in enumerate(TEXTS):
+            part = slice(i * count, (i + 1) * count)
+            found = [difference(result["rows"][n][mode]["losses"][part], base[part]) for n in rows]
+            axis.barh(
+                [list(result["rows"]).index(n) + 0.4 * i for n in rows],
+                [f[0] for f in found],
+                0.38,
+                xerr=[f[1] for f in found],
+                label=text,
+            )
+        axis.set_title(TITLES[mode])
+        axis.set_xlabel("nats per token above float")
+        axis.set_yticks(np.arange(len(result["rows"])) + 0.2, list(result["rows"]))
+    axes[0].invert_yaxis()
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    """Gather, run what is missing, print, draw."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("accuracy-work"))
+    parser.add_argument("--hf", help="another model than the demo's")
+    parser.add_argument("--calibration", choices=tuple(CALIBRATION), default="mixture")
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows, of 1024 tokens")
+    parser.add_argument(
+        "--windows", type=int, default=24, help="evaluation windows of each text, of 1024 tokens"
+    )
+    parser.add_argument("--rows", nargs="*", choices=[e.name for e in ENTRIES], help="only these")
+    parser.add_argument("--modes", nargs="*", choices=tuple(MODES), default=list(MODES))
+    parser.add_argument("--json", type=Path, help="(default: results/accuracy-CALIBRATION.json)")
+    options = parser.parse_args()
+    path = options.json or results / f"accuracy-{options.calibration}.json"
+
+    source = sources.open_source(options.hf or str(sources.fetch_demo()))
+    tokenizer = source.load_tokenizer()
+    length = 1024
+    evaluated = np.concatenate(
+        [windows(tokenizer, [options.data / file], options.windows, length) for file in TEXTS.values()]
+    )
+    protocol = {
+        "model": source.name,
+        "calibration": options.calibration,
+        "calibration_windows": options.samples,
+        "evaluation_windows": options.windows,
+        "window": length,
+        "scale_rules": {"activations": "even", "weights": "mse"},
+        "beginning_of_sequence": False,
+    }
+    result: dict[str, Any] = {"protocol": protocol, "rows": {}}
+    if path.exists():
+        result = json.loads(path.read_text())
+        if result["protocol"] != protocol:
+            raise SystemExit(f"{path} was made with another protocol: move it away, or give --json")
+
+    def save() -> None:
+        result["machine"] = describe()
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+    layers = source.config.num_layers
+    folder = options.work / f"{source.name.replace('/', '-')}-{options.calibration}-{options.samples}"
+    if not (folder / "done").exists():
+        files = [options.data / file for file in CALIBRATION[options.calibration]]
+        tokens = windows(tokenizer, files, options.samples, length)
+        begun = time.monotonic()
+        with progress(3 * layers, "statistics") as shown:
+            gather(source, tokens, folder, shown)
+        result["statistics_seconds"] = round(time.monotonic() - begun, 1)
+    settings = pipeline.Settings()
+    if "float" not in result:
+        with progress(layers, "float") as shown:
+            result["float"] = run_entry(None, ["a4"], source, folder, evaluated, settings, shown)["a4"]
+        save()
+    for entry in ENTRIES:
+        if options.rows and entry.name not in options.rows:
+            continue
+        missing = [m for m in options.modes if m not in result["rows"].get(entry.name, {})]
+        if not missing:
+            continue
+        own = dataclasses.replace(settings, method=entry.method, options=entry.options)
+        with progress(layers, entry.name) as shown:
+            found = run_entry(entry, missing, source, folder, evaluated, own, shown)
+        result["rows"].setdefault(entry.name, {}).update(found)
+        save()
+        print_table(result, options.windows)
+    print_table(result, options.windows)
+    draw(result, options.windows, path.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
