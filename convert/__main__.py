@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, help="directory to write (default: the model's name and -METHOD-mxfp4)"
     )
     p.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
-    p.add_argument("--method", default="torq", choices=solvers.METHODS, help="what finds the rotations")
+    p.add_argument("--method", default="two_level", choices=solvers.METHODS, help="what finds the rotations")
     p.add_argument(
         "--option",
         action="append",
@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--activation-scale", default="even", choices=SCALE_RULES, help="scale rule for activations"
     )
-    p.add_argument("--rounding", default="nearest", choices=pipeline.ROUNDINGS, help="of the weights")
+    p.add_argument("--rounding", default="gptq", choices=pipeline.ROUNDINGS, help="of the weights")
     p.add_argument("--damping", type=float, default=0.01, help="of GPTQ, in parts of the mean second moment")
     p.add_argument("--order", default="natural", choices=rounding.ORDERS, help="of the features in GPTQ")
     p.add_argument(

@@ -23,6 +23,7 @@ from torq_jax.checkpoint import directory_bytes, read_manifest
 from torq_jax.errors import TorqError
 
 SMALL = ["--calibration", "random", "--samples", "4", "--sequence-length", "16", "--compare", ""]
+SMALL += ["--method", "torq", "--rounding", "nearest"]
 
 
 def convert(name, out, *options):
@@ -113,8 +114,26 @@ def test_packed_and_decoded_weights_give_the_same_logits(converted):
     assert packed.layers.attn_in.q_codes[...].dtype == jnp.uint8
 
 
+@pytest.mark.parametrize("sensitivity", ["loss", "output"])
+@pytest.mark.parametrize("name", ["llama3", "qwen3-tied"])
+def test_the_default_converts_every_family(name, sensitivity, tmp_path, text):
+    options = ["--method", "two_level", "--rounding", "gptq", "--sensitivity", sensitivity]
+    options += ["--evaluate", str(text), "--window", "64", "--windows", "2", "--compare", "none,none+gptq"]
+    assert convert(name, tmp_path / "out", *options) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    labels = [row["label"] for row in report["evaluation"]["rows"]]
+    assert labels == ["float", "plain rounding W4A4", "GPTQ W4A4", "two_level + GPTQ W4A4"]
+    assert ("sensitivity" in report["timings"]["stages"]) == (sensitivity == "loss")
+    assert not (tmp_path / "out" / "sensitivity").exists()
+    for site in report["sites"]:
+        assert site["fold_error"] < 1e-5 and site["condition_number"] >= 1
+        for name in ("q", "gate", "down"):
+            if f"{name}_error_gptq" in site["solver"]:
+                assert site["solver"][f"{name}_error_gptq"] <= site["solver"][f"{name}_error_nearest"]
+
+
 @pytest.mark.parametrize("name", ["llama3-tied", "qwen3", "qwen3-tied"])
-@pytest.mark.parametrize("method", ["none", "hadamard", "torq"])
+@pytest.mark.parametrize("method", ["none", "hadamard", "torq", "wush", "two_level"])
 def test_every_family_converts(name, method, tmp_path):
     out = tmp_path / "out"
     assert convert(name, out, "--method", method, "--weights", "bf16", "--activations", "bf16") == 0
@@ -258,13 +277,18 @@ def test_too_little_text_to_evaluate(tmp_path, capsys, text):
         (["--sequence-length", "1"], "cannot calibrate on 4 sequences of 1 tokens"),
         (["--window", "1"], "cannot score all windows of 1 tokens"),
         (["--windows", "0"], "cannot score 0 windows of 1024 tokens"),
-        (["--compare", "plain"], "unknown method 'plain': must be one of none, hadamard, torq"),
+        (["--compare", "plain"], "unknown method 'plain': must be one of none, hadamard"),
         (["--modes", "w4a5"], "unknown mode 'w4a5' in --modes: must be one of w4a4, a4, w4"),
         (["--option", "group"], "--option 'group': must be NAME=VALUE"),
         (["--option", "groups=2"], "method 'torq' has no option 'groups': its options are form, group"),
         (["--option", "steps=many"], "steps of method 'torq' is 'many': must be of type int"),
         (["--activation-scale", "mse"], "rule of method 'torq' is 'mse': must be one of floor, ceil, even"),
         (["--seed", "-1"], "seed -1 must not be negative"),
+        (
+            ["--compare", "none+gtpq"],
+            "unknown rounding 'gtpq' for method 'none': must be one of nearest, gptq",
+        ),
+        (["--damping", "0"], "damping 0.0 must be positive"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(tmp_path, capsys, text, options, message):
@@ -280,7 +304,7 @@ def test_help_tells_each_default_once(capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "(default: None)" not in printed and "(default: False)" not in printed
     assert "calibration sequences (default: 128; with --demo: 32) --sequence-length" in printed
-    assert "(default: torq)" in printed
+    assert "(default: two_level)" in printed
 
 
 def test_not_enough_room_is_known_before_anything_is_written(tmp_path, capsys, monkeypatch):

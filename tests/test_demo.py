@@ -29,16 +29,17 @@ def test_the_demo_converts_and_writes(tmp_path, capsys):
     rows = {row["label"]: row for row in report["evaluation"]["rows"]}
     assert len(report["sites"]) == 4 * 30
     # Quantising costs perplexity and float weights cost less than MXFP4 ones; by how much is the benchmarks' matter.
-    assert rows["float"]["perplexity"] < rows["torq A4-only"]["perplexity"] < rows["torq W4A4"]["perplexity"]
+    float_, a4, w4a4 = (
+        rows[label]["perplexity"] for label in ("float", "two_level A4-only", "two_level + GPTQ W4A4")
+    )
+    assert float_ < a4 < w4a4 < rows["plain rounding W4A4"]["perplexity"]
     for site in report["sites"]:
-        # Macro-equilibrium, after storing its matrices in bfloat16, whose 2**-9 an energy doubles.
-        assert site["imbalance_after"] < site["imbalance_before"] + 0.02
         assert site["fold_error"] < 1e-5
 
     model, tokenizer, _ = torq_jax.load(out)
     value, _ = evaluate.perplexity(model, tokenizer, data.path(data.EVALUATION), window=256, windows=2)
     # Layer by layer and in one scan: sums in another order, and roundings that fall the other way because of it.
-    assert value == pytest.approx(rows["torq W4A4"]["perplexity"], rel=0.03)
+    assert value == pytest.approx(w4a4, rel=0.03)
     assert len("".join(stream_text(model, tokenizer, "The capital of France is", max_tokens=8))) > 8
 
 
