@@ -10,8 +10,8 @@ x = jax.random.normal(keys[0], (512, 256)) * jnp.exp(jax.random.normal(keys[1], 
 w = jax.random.normal(keys[2], (64, 256)) / 16
 exact = x @ w.T
 
-for method in ("none", "hadamard", "torq"):
-    transform = torq_jax.fit(x, method)
+for method in ("none", "hadamard", "torq", "two_level"):
+    transform = torq_jax.fit(x, method, weight=w)
     weight = torq_jax.quantize(torq_jax.fold(w, transform), "mse")  # packed: 4.25 bits a weight
     y = torq_jax.matmul(x, weight, transform, activation_scale="even")
     error = jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact)

@@ -27,7 +27,7 @@ def _environment():
 
 def test_plain_arrays():
     lines = run("plain_arrays.py").splitlines()
-    assert [line.split()[0] for line in lines] == ["none", "hadamard", "torq"]
+    assert [line.split()[0] for line in lines] == ["none", "hadamard", "torq", "two_level"]
     errors = [float(line.split()[-1]) for line in lines]
     # Two operands with about 18 dB each: a relative error of a sixth or so, and rotations help uneven channels.
     assert all(0.05 < e < 0.3 for e in errors) and max(errors[1:]) < errors[0]
@@ -38,7 +38,7 @@ def test_generate(tmp_path):
     arguments = ["--calibration", "random", "--samples", "2", "--sequence-length", "16", "--quiet"]
     assert main(["--hf", str(GOLDENS / "llama3"), "--out", str(out), *arguments]) == 0
     printed = run("generate.py", out, data.path(data.EVALUATION))
-    assert printed.startswith("llama3 torq\n") and "perplexity" in printed.splitlines()[-1]
+    assert printed.startswith("llama3 two_level\n") and "perplexity" in printed.splitlines()[-1]
 
 
 @pytest.mark.parametrize("script", ["generate.py", "plain_arrays.py"])
