@@ -4,7 +4,7 @@ python -m benchmarks.accuracy --data FOLDER                       # all rows; ho
 python -m benchmarks.accuracy --data FOLDER --rows two_level wush hadamard
 
 FOLDER holds wikitext2_train_slice.txt, c4_calibration.jsonl (calibration), wikitext2_test.txt and
-c4_evaluation.jsonl (evaluation). Statistics are gathered once, in ``--work``; a row that the JSON has is not run again.
+c4_evaluation.jsonl (evaluation). Statistics are gathered once, in ``--work``; a row that the JSON has is kept.
 """
 
 from __future__ import annotations

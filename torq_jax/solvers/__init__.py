@@ -83,7 +83,9 @@ def fit(
     gathered = site_statistics.gather(x, moments=needs_moments(method))
     if weight is not None:
         if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
-            raise TorqError(f"weight has shape {weight.shape}, the activations {x.shape}: must be [out, features]")
+            raise TorqError(
+                f"weight has shape {weight.shape}, the activations {x.shape}: must be [out, features]"
+            )
         stacked = np.asarray(weight, np.float32)
         stacked = np.pad(stacked, ((0, 0), (0, gathered.samples.shape[1] - stacked.shape[1])))
         gathered = dataclasses.replace(gathered, gain=stacked.T @ stacked, outputs=len(stacked))

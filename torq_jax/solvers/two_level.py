@@ -80,7 +80,12 @@ def solve(
         kind: Macro = "orthogonal" if orthogonal_only else macro
         s, g = groups(second, size), groups(gain, size)
         mixed, costs = descend(
-            jnp.asarray(s), jnp.asarray(g), kind, "traces" if orthogonal_only else "nuclear", steps, learning_rate
+            jnp.asarray(s),
+            jnp.asarray(g),
+            kind,
+            "traces" if orthogonal_only else "nuclear",
+            steps,
+            learning_rate,
         )
         inter = np.asarray(mixed, np.float64)
         if kind == "orthogonal":
@@ -124,8 +129,10 @@ def groups(matrix: Float[np.ndarray, "d d"], size: int) -> Float32[np.ndarray, "
     index = np.arange(count)
     found = matrix.reshape(count, size * POSITIONS, count, size * POSITIONS)[index, :, index]
     mean = float(np.trace(matrix)) / matrix.shape[0]
-    return (found / (mean if mean > 0 else 1.0)).astype(np.float32).reshape(
-        count, size, POSITIONS, size, POSITIONS
+    return (
+        (found / (mean if mean > 0 else 1.0))
+        .astype(np.float32)
+        .reshape(count, size, POSITIONS, size, POSITIONS)
     )
 
 
