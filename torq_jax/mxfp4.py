@@ -161,32 +161,6 @@ def pack(codes: UInt8[Array, "*b n"]) -> UInt8[Array, "*b n/2"]:
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
-def shared_exponent(amax_bits: Int32[Array, ...], scale_rule: ScaleRule) -> Int32[Array, ...]:
-    """Exponent of blocks whose largest magnitudes have these float32 bits; for ``"mse"`` its first candidate.
-
-    A block of zeros gets -127, the exponent of scale code 0.
-    """
-    # A subnormal amax has exponent field 0, which every rule clamps.
-    return jnp.maximum(((amax_bits + _CARRY[scale_rule]) >> _MANTISSA) - 129, -SCALE_BIAS)
-
-
-def encode_elements(x: Float[Array, "*s"], exponent: Int32[Array, "*s"]) -> UInt8[Array, "*s"]:
-    """Codes, one a byte, of ``x / 2**exponent``, each element under an exponent of its own.
-
-    ``x`` is finite and of the dtypes of :func:`quantize`; exponents lie in -127 to 127. Shapes are equal.
-    """
-    bits = _float32_bits(x)
-    codes = _round_to_codes((bits & 0x7FFFFFFF)[..., None], exponent)[..., 0]
-    return codes.astype(jnp.uint8) | ((bits >> 28) & 8).astype(jnp.uint8)
-
-
-def decode_elements(
-    codes: UInt8[Array, "*s"], exponent: Int32[Array, "*s"], dtype: Any = jnp.float32
-) -> Float[Array, "*s"]:
-    """The values of :func:`encode_elements`' codes."""
-    return _decode(codes[..., None], (exponent + SCALE_BIAS).astype(jnp.uint8), dtype)[..., 0]
-
-
 def padded_size(size: int) -> int:
     """``size`` rounded up to a multiple of 32."""
     return -(-size // BLOCK) * BLOCK
@@ -283,7 +257,7 @@ def _float32_bits(x: Array) -> Int32[Array, ...]:
 
 
 def _encode(
-    blocks: Array, scale_rule: ScaleRule
+    blocks: Array, scale_rule: str
 ) -> tuple[UInt8[Array, "... blocks 32"], UInt8[Array, "... blocks"]]:
     """Codes (one a byte) and scale codes of ``[..., blocks, 32]``."""
     bits = _float32_bits(blocks)
