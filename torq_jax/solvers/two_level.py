@@ -18,7 +18,7 @@ import optax
 from jaxtyping import Array, Float, Float32, Float64
 
 from torq_jax.errors import TorqError
-from torq_jax.rotation import POSITIONS, TwoLevelRotation, check_orthogonal, validate
+from torq_jax.rotation import POSITIONS, TwoLevelRotation, check_orthogonal, online_cost, validate
 from torq_jax.solvers import wush
 from torq_jax.solvers.hadamard import hadamard_matrix
 from torq_jax.solvers.solution import Solution
@@ -57,8 +57,10 @@ def solve(
         as good as any other to first order.
 
     Returns:
-      The transform; ``inter`` is ``[32, B/G, G, G]``. The report has both stages' modelled gains in dB, the group,
-      the steps and the condition number.
+      The transform; ``inter`` is ``[32, B/G, G, G]``, or None where the budget has no room for pairs of blocks. The
+      report has the modelled gain over block Hadamard in dB, and how much WUSH alone and each stage contribute; the
+      group, the macro stage's online cost in parts of the site's where its outputs are known, steps, seconds and
+      condition numbers.
 
     Raises:
       TorqError: moments or gain are missing, or an option is out of range.
@@ -75,7 +77,8 @@ def solve(
     if size < 1 or blocks % size:
         raise TorqError(f"group {size} does not divide {blocks} blocks")
     start = time.perf_counter()
-    inter, macro_report = None, {"group": size, "macro_gain_db": 0.0}
+    inter = None
+    macro_report: dict[str, Any] = {"group": 1, "macro_gain_db": 0.0}
     if macro != "none" and size > 1:
         kind: Macro = "orthogonal" if orthogonal_only else macro
         s, g = groups(second, size), groups(gain, size)
@@ -96,17 +99,31 @@ def solve(
             "macro_gain_db": float(10 * np.log10(losses[0] / losses.min())),
             "macro_steps": steps,
             "macro_condition_number": float(np.linalg.cond(inter).max()),
+            **_online_shares(inter, features, statistics.outputs),
         }
     mixed_second, mixed_gain = mixed_blocks(second, inter, size), mixed_blocks(gain, _dual(inter), size)
+    s, g = wush.diagonal_blocks(second), wush.diagonal_blocks(gain)
     if orthogonal_only:
         rotation = TwoLevelRotation(inter, hadamard_matrix(), features)
         validate(rotation)
-        error = check_orthogonal(rotation)
-        return Solution(rotation, macro_report | {"orthogonality_error": error} | _seconds(start))
+        found = macro_report | {
+            "gain_db": wush.decibels(
+                wush.modelled_error(s, g), wush.modelled_error(mixed_second, mixed_gain)
+            ),
+            "orthogonality_error": check_orthogonal(rotation),
+        }
+        return Solution(rotation, found | _seconds(start))
     intra = wush.block_transforms(mixed_second, mixed_gain, ridge=_RIDGE)
     rotation = TwoLevelRotation(inter, intra, features)
     validate(rotation)
-    return Solution(rotation, macro_report | wush.report(mixed_second, mixed_gain, intra) | _seconds(start))
+    before, alone = (
+        wush.modelled_error(s, g),
+        wush.modelled_error(s, g, wush.block_transforms(s, g, ridge=_RIDGE)),
+    )
+    after = wush.modelled_error(mixed_second, mixed_gain, intra)
+    gains = {"gain_db": wush.decibels(before, after), "wush_gain_db": wush.decibels(before, alone)}
+    found = macro_report | wush.report(mixed_second, mixed_gain, intra) | gains
+    return Solution(rotation, found | _seconds(start))
 
 
 def group_size(blocks: int, outputs: int | None, budget: float) -> int:
@@ -145,28 +162,26 @@ def descend(
     steps: int,
     learning_rate: float,
 ) -> tuple[Float32[Array, "32 n g g"], Float32[Array, " steps"]]:
-    """Matrices across blocks by Adam on the modelled error, and that error before each step; the best are kept."""
+    """Matrices across blocks by Adam on the modelled error, and that error before each step; the best are kept.
+
+    They are ``exp(A)``, of a free matrix or of a skew one; their inverses ``exp(-A)``. Products alone: on a CPU, the
+    triangular solves behind an inverse or the derivative of a factorisation contend for threads with XLA's own and
+    then take a hundred times as long.
+    """
     count, size = second.shape[:2]
-    unit = jnp.eye(size)
     schedule = optax.cosine_decay_schedule(learning_rate, steps, alpha=0.02)
     optimiser = optax.adam(schedule)
 
-    def matrices(free: Array) -> tuple[Array, Array]:
-        if kind == "orthogonal":  # Cayley
-            skew = (free - free.mT) / 2
-            mixed = jnp.linalg.solve(unit - skew, unit + skew)
-            return mixed, mixed
-        mixed = unit + free
-        return mixed, jnp.linalg.inv(mixed).mT
+    def generator(free: Array) -> Array:
+        return free - free.mT if kind == "orthogonal" else free
 
     def loss(free: Array) -> Array:
-        mixed, dual = matrices(free)
-        return jnp.log(error(mix(second, mixed), mix(gain, dual), objective))
+        a = generator(free)
+        return jnp.log(error(mix(second, exponential(a)), mix(gain, exponential(-a).mT), objective))
 
     def step(carry: Any, _: None) -> tuple[Any, Array]:
         free, state, best, least = carry
         value, gradient = jax.value_and_grad(loss)(free)
-        # A step that left the invertible matrices is never the best one.
         better = jnp.isfinite(value) & (value < least)
         best, least = jnp.where(better, free, best), jnp.where(better, value, least)
         update, state = optimiser.update(jnp.nan_to_num(gradient), state)
@@ -176,7 +191,18 @@ def descend(
         start = jnp.zeros((POSITIONS, count, size, size))
         carry = (start, optimiser.init(start), start, jnp.float32(jnp.inf))
         (_, _, best, _), losses = jax.lax.scan(step, carry, None, length=steps)
-        return matrices(best)[0], jnp.exp(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
+        return exponential(generator(best)), jnp.exp(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
+
+
+def exponential(a: Float32[Array, "*n g g"]) -> Float32[Array, "*n g g"]:
+    """``exp(a)``, to float32 for norms up to about 8: Taylor's series of ``a / 32``, squared five times."""
+    scaled, unit = a / 32, jnp.eye(a.shape[-1])
+    found = unit + scaled / 6
+    for order in range(5, 0, -1):
+        found = unit + scaled @ found / order
+    for _ in range(5):
+        found = found @ found
+    return found
 
 
 def mix(
@@ -194,11 +220,25 @@ def error(
     if objective == "traces":
         traces = jnp.trace(second, axis1=-2, axis2=-1) * jnp.trace(gain, axis1=-2, axis2=-1)
         return jnp.sum(traces) / POSITIONS
-    lower = jnp.linalg.cholesky(_ridged(second))
-    product = lower.mT @ _ridged(gain) @ lower
-    values = jnp.linalg.eigvalsh((product + product.mT) / 2)  # squares of the singular values
-    floor = 1e-7 * values[..., -1:]
-    return jnp.sum(jnp.sum(jnp.sqrt(jnp.maximum(values, floor)), axis=-1) ** 2) / POSITIONS
+    s, g = _ridged(second), _ridged(gain)
+    # At the best transform T of a block its product of traces is the squared nuclear norm; and since T is best, the
+    # derivative of that product with T held is the derivative of its minimum: nothing is factorised backwards.
+    metric, inverse = jax.lax.stop_gradient(_best_metric(s, g))
+    energy = jnp.sum(metric * s, axis=(-2, -1))
+    cost = jnp.sum(inverse * g, axis=(-2, -1))
+    return jnp.sum(energy * cost) / POSITIONS
+
+
+def _best_metric(second: Array, gain: Array) -> tuple[Array, Array]:
+    """``T T^T`` of WUSH's transform and its inverse: traces of their products with the moments are nuclear norms."""
+    values, vectors = jnp.linalg.eigh(second)
+    root = jnp.sqrt(jnp.maximum(values, 1e-7 * values[..., -1:]))[..., None, :]
+    half, inverse_half = (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+    squares, u = jnp.linalg.eigh(half @ gain @ half)
+    # Inexact small values only make T a little less than best: the two results stay each other's inverses.
+    s = jnp.sqrt(jnp.maximum(squares, 1e-7 * squares[..., -1:]))[..., None, :]
+    left, right = inverse_half @ u, half @ u
+    return (left * s) @ left.mT, (right / s) @ right.mT
 
 
 def _ridged(moment: Array) -> Array:
@@ -226,6 +266,17 @@ def _dual(inter: np.ndarray | None) -> np.ndarray | None:
 def _nearest_orthogonal(matrices: np.ndarray) -> np.ndarray:
     u, _, v = np.linalg.svd(matrices)
     return u @ v
+
+
+def _online_shares(inter: np.ndarray, features: int, outputs: int | None) -> dict[str, float]:
+    """The macro stage's online cost, in parts of the site's own multiply-adds and bytes."""
+    if outputs is None:
+        return {}
+    cost = online_cost(TwoLevelRotation(inter, None, features))
+    return {
+        "macro_share_of_multiply_adds": cost.multiply_adds / (features * outputs),
+        "macro_share_of_bytes": cost.bytes_read / (features * outputs * _WEIGHT_BYTES),
+    }
 
 
 def _seconds(start: float) -> dict[str, float]:

@@ -57,9 +57,11 @@ def moments(
             "the gain of an error (W^T W, or from gradients); fit takes weight= for it"
         )
     second, gain = statistics.second, statistics.gain
-    if second.shape != gain.shape or second.shape[0] % POSITIONS:
+    features = statistics.samples.shape[-1]
+    if second.shape != (features, features) or gain.shape != second.shape or features % POSITIONS:
         raise TorqError(
-            f"second moment {second.shape} and gain {gain.shape} must be square, alike, and a multiple of {POSITIONS}"
+            f"second moment {second.shape} and gain {gain.shape} of {features} features: both must be [d, d], d a "
+            f"multiple of {POSITIONS}; pad them with zeros"
         )
     if not (np.isfinite(second).all() and np.isfinite(gain).all()):
         raise TorqError("the second moment or the gain holds a NaN or an infinity: calibration failed")
@@ -101,8 +103,13 @@ def modelled_error(second: Moments, gain: Moments, transforms: Moments | None = 
 def report(second: Moments, gain: Moments, transforms: Moments) -> dict[str, Any]:
     """What the closed form says of the block stage."""
     before, after = modelled_error(second, gain), modelled_error(second, gain, transforms)
-    gained = 10 * np.log10(before / after) if before > 0 and after > 0 else 0.0
-    return {"block_gain_db": float(gained), "condition_number": float(np.linalg.cond(transforms).max())}
+    condition = float(np.linalg.cond(transforms).max())
+    return {"block_gain_db": decibels(before, after), "condition_number": condition}
+
+
+def decibels(before: float, after: float) -> float:
+    """How far an error fell; 0 where there was none."""
+    return float(10 * np.log10(before / after)) if before > 0 and after > 0 else 0.0
 
 
 def _ridged(moment: Moments, ridge: float) -> Moments:
