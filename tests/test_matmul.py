@@ -21,7 +21,7 @@ def operands():
 @pytest.mark.parametrize("method", torq_jax.METHODS)
 def test_rotation_leaves_the_float_product_alone(operands, method):
     x, w = operands
-    transform = torq_jax.fit(x, method)
+    transform = torq_jax.fit(x, method, weight=w)
     y = matmul(x, torq_jax.fold(w, transform), transform)
     # float32 through two small rotations: about sqrt(3 * 128) units in the last place of the largest terms.
     np.testing.assert_allclose(y, x @ w.T, atol=2e-5 * float(jnp.abs(x @ w.T).max()))

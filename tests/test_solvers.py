@@ -31,7 +31,7 @@ def statistics(x):
 
 
 def test_methods():
-    assert solvers.METHODS[:3] == ("none", "hadamard", "torq")
+    assert solvers.METHODS == ("none", "hadamard", "random", "full_hadamard", "torq", "wush", "two_level")
     assert solvers.method_options("none") == {}
     assert solvers.method_options("hadamard") == {"signs": False}
     assert set(solvers.method_options("torq")) == {
@@ -46,7 +46,7 @@ def test_methods():
 
 def test_unknown_method_and_option():
     data = statistics(activations(2))
-    with pytest.raises(TorqError, match=r"^unknown method 'torque': must be one of none, hadamard, torq"):
+    with pytest.raises(TorqError, match=r"^unknown method 'torque': must be one of none, hadamard, random"):
         solvers.solve("torque", data)
     with pytest.raises(TorqError, match=r"^method 'hadamard' has no option 'form': its options are signs$"):
         solvers.solve("hadamard", data, form="shared")
