@@ -1,6 +1,6 @@
 """The demo's table, as ``python -m convert --demo`` measures it, kept as a result.
 
-python -m benchmarks.demo            # converts into a temporary directory; about 5 minutes on two cores
+python -m benchmarks.demo            # converts into a temporary directory; about 8 minutes on two cores
 """
 
 from __future__ import annotations
