@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ from benchmarks.machine import describe
 from convert import gradients, names, pipeline, sources
 from convert.progress import LayerProgress, progress
 from convert.sources import Source
-from torq_jax import checkpoint, decoder, evaluate, statistics
+from torq_jax import checkpoint, decoder, evaluate
 from torq_jax.config import SITES
 from torq_jax.statistics import SiteStatistics
 
@@ -95,35 +96,25 @@ def gather(source: Source, tokens: np.ndarray, folder: Path, shown: LayerProgres
     )
     table = source.read(names.outer_tensors(source.config)["embed"])
     stream = [table[row][None].astype(np.float32) for row in tokens]
-    each = -(-pipeline.SAMPLE_TOKENS // len(stream))
     for layer in range(source.config.num_layers):
         shown.stage("statistics")
         parameters = pipeline.read_layer(source, layer)
         weights = {site: measured.weights(layer, site) for site in SITES}
-        found: dict[str, tuple[SiteStatistics, SiteStatistics]] = {}
-        for i, x in enumerate(stream):
-            y, taps = pipeline.run_tapped(graph, source.config, parameters, x)
-            stream[i] = np.asarray(y)
-            for site, activation in taps.items():
-                flat = activation.reshape(-1, activation.shape[-1])
-                own = statistics.gather(flat, samples=each, seed=i, moments="full")
-                weighed = statistics.gather(flat, samples=1, seed=i, moments="full", weights=weights[site][i])
-                if site in found:
-                    before = found[site]
-                    found[site] = (statistics.add(before[0], own), statistics.add(before[1], weighed))
-                else:
-                    found[site] = (own, weighed)
-        for site, (own, weighed) in found.items():
+        by_output, by_loss = pipeline.gather_layer(
+            graph, source.config, parameters, layer, stream, [None, weights], moments="full", seed=0
+        )
+        for site, own in by_output.items():
             np.savez(
                 folder / f"{layer}.{site}.npz",
                 tokens=own.tokens,
                 inter=own.inter,
                 samples=own.samples,
                 output=own.second,
-                loss=weighed.second,
+                loss=by_loss[site].second,
                 gain=measured.gain(layer, site),
             )
         shown.advance()
+    shutil.rmtree(measured.folder)  # each site's file has its gain
     (folder / "done").touch()
 
 
@@ -219,10 +210,9 @@ def run_entry(
     return result
 
 
-def difference(losses: list[float], reference: list[float]) -> tuple[float, float]:
+def difference(losses: list[float], reference: list[float]) -> evaluate.Estimate:
     """Mean of the paired difference over windows, and its standard error."""
-    delta = np.subtract(losses, reference)
-    return float(delta.mean()), float(delta.std(ddof=1) / np.sqrt(len(delta)))
+    return evaluate.estimate(np.subtract(losses, reference))
 
 
 def print_table(result: dict[str, Any], count: int) -> None:
@@ -236,8 +226,8 @@ def print_table(result: dict[str, Any], count: int) -> None:
             cells = []
             for mode in MODES:
                 if mode in modes:
-                    mean, se = difference(modes[mode]["losses"][part], base[part])
-                    cells.append(f"{mean:10.3f} ± {se:.3f}")
+                    found = difference(modes[mode]["losses"][part], base[part])
+                    cells.append(f"{found.mean:10.3f} ± {found.standard_error:.3f}")
                 else:
                     cells.append("-")
             print(f"  {name:30s}" + "".join(f"{c:>20s}" for c in cells))
@@ -259,9 +249,9 @@ def draw(result: dict[str, Any], count: int, path: Path) -> None:
             found = [difference(result["rows"][n][mode]["losses"][part], base[part]) for n in rows]
             axis.barh(
                 [list(result["rows"]).index(n) + 0.4 * i for n in rows],
-                [f[0] for f in found],
+                [f.mean for f in found],
                 0.38,
-                xerr=[f[1] for f in found],
+                xerr=[f.standard_error for f in found],
                 label=text,
             )
         axis.set_title(TITLES[mode])
@@ -321,6 +311,7 @@ def main() -> int:
     layers = source.config.num_layers
     folder = options.work / f"{source.name.replace('/', '-')}-{options.calibration}-{options.samples}"
     if not (folder / "done").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
         files = [options.data / file for file in CALIBRATION[options.calibration]]
         tokens = windows(tokenizer, files, options.samples, length)
         begun = time.monotonic()

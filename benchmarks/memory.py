@@ -68,9 +68,12 @@ def write_checkpoint(folder: Path, layers: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def convert(folder: Path, out: Path, samples: int, length: int, method: str) -> dict[str, float]:
+def convert(
+    folder: Path, out: Path, samples: int, length: int, method: str, rounding: str
+) -> dict[str, float]:
     """Convert in a process of its own; seconds and peak GiB."""
     command = [sys.executable, "-m", "convert", "--hf", str(folder), "--out", str(out), "--method", method]
+    command += ["--rounding", rounding]
     command += ["--calibration", "random", "--samples", str(samples), "--sequence-length", str(length)]
     start = time.monotonic()
     subprocess.run(command, check=True)
@@ -94,6 +97,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--method", default="torq")
+    parser.add_argument("--rounding", default="nearest")
     parser.add_argument(
         "--folder", type=Path, help="where the checkpoints go (default: a temporary directory)"
     )
@@ -111,6 +115,7 @@ def main() -> int:
                 options.samples,
                 options.sequence_length,
                 options.method,
+                options.rounding,
             )
             rows.append({"layers": layers, **row})
     print(f"{'layers':>6} {'seconds':>8} {'peak GiB':>9} {'checkpoint MiB':>15} {'bits/weight':>12}")
@@ -129,6 +134,7 @@ def main() -> int:
         "samples": options.samples,
         "sequence_length": options.sequence_length,
         "method": options.method,
+        "rounding": options.rounding,
     }
     result = {
         "machine": describe(),

@@ -122,7 +122,7 @@ def measure(
     for layer in reversed(range(config.num_layers)):
         parameters = read_layer(layer)
         weights: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
-        total: dict[str, Any] | None = None
+        totals: dict[str, Any] = {}
         for i in range(count):
             gradient = jnp.asarray(np.load(streams / f"gradient.{i}.npy", allow_pickle=False))
             before, energies, gains = sensitivity.layer_gradients(
@@ -131,11 +131,11 @@ def measure(
             np.save(streams / f"gradient.{i}.npy", np.asarray(before))
             for site in SITES:
                 weights[site].append(np.asarray(energies[site]))
-            total = gains if total is None else jax.tree.map(jnp.add, total, gains)
+            totals = jax.tree.map(jnp.add, totals, gains) if totals else gains
             (streams / f"{layer + 1}.{i}.npy").unlink()
         for site in SITES:
             np.save(folder / f"{layer}.{site}.weights.npy", np.stack(weights[site]))
-            gain = np.asarray(total[site] if total else None) / np.float32(tokens.size)
+            gain = np.asarray(totals[site]) / np.float32(tokens.size)
             if not np.isfinite(gain).all():
                 raise ConversionError(f"layer {layer}, {site}: gradients became NaN or infinite")
             np.save(folder / f"{layer}.{site}.gain.npy", gain)

@@ -16,7 +16,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +135,9 @@ def compared(settings: Settings) -> list[tuple[str, str]]:
     """Methods compared and their rounding; plain rounding rounds plainly unless told otherwise."""
     pairs = []
     for text in settings.compare:
-        method, plus, rounding = text.partition("+")
+        method, plus, rounded = text.partition("+")
         default = "nearest" if method == "none" else settings.rounding
-        pairs.append((method, rounding if plus else default))
+        pairs.append((method, rounded if plus else default))
     return list(dict.fromkeys(pairs))
 
 
@@ -355,17 +355,15 @@ def round_weights(solved: SolvedSite, settings: Settings, rounded: str) -> dict[
     if rounded not in solved.packed:
         rule: Any = settings.weight_scale
         packed = solved.packed[rounded] = {}
+        factorised = None
+        if rounded == "gptq":
+            if solved.second is None:
+                raise TorqError("solve the site with second=True for GPTQ")
+            order: Any = settings.order
+            factorised = rounding.factorise(solved.second, damping=settings.damping, order=order)
         for name, folded in solved.folded.items():
-            if rounded == "gptq":
-                if solved.second is None:
-                    raise TorqError("solve the site with second=True for GPTQ")
-                found = rounding.gptq(
-                    jnp.asarray(folded),
-                    solved.second,
-                    rule,
-                    damping=settings.damping,
-                    order=settings.order,  # type: ignore[arg-type]
-                )
+            if factorised is not None:
+                found = rounding.gptq_factorised(jnp.asarray(folded), factorised, rule)
                 packed[name] = found.weight
                 solved.report[f"{name}_error_nearest"] = found.error_nearest
                 solved.report[f"{name}_error_gptq"] = found.error
@@ -506,11 +504,9 @@ class _Run:
             layers: dict[Variant, dict[str, Any]] = {v: dict(shared) for v in rows}
             formats: dict[Variant, dict[str, SiteFormat]] = {v: {} for v in rows}
             shard: dict[str, Any] = dict(shared)
+            second = any(v.rounding == "gptq" for v in written)
             for site in SITES:
                 with self.timed("solving"):
-                    second = any(
-                        v.rounding == "gptq" and v.method == method for v in (self.chosen, *self.variants)
-                    )
                     solved = solve_site(
                         site, gathered[site], parameters[site], self.settings, method, second=second
                     )
@@ -562,23 +558,18 @@ class _Run:
 
     def calibrate(self, graph: Any, parameters: Any, index: int) -> dict[str, SiteStatistics]:
         """Statistics of every site from the calibration stream, which moves on to the next layer."""
-        each = -(-SAMPLE_TOKENS // len(self.stream))
-        gathered: dict[str, SiteStatistics] = {}
         measured = self.sensitivity
-        token_weights = {} if measured is None else {s: measured.weights(index, s) for s in SITES}
-        for i, x in enumerate(self.stream):
-            y, taps = run_tapped(graph, self.config, parameters, x)
-            self.stream[i] = _finite(y, index)
-            for site, activation in taps.items():
-                flat = activation.reshape(-1, activation.shape[-1])
-                one = statistics.gather(
-                    flat,
-                    samples=each,
-                    seed=self.settings.seed + i,
-                    moments=self.moments,
-                    weights=token_weights[site][i] if token_weights else None,
-                )
-                gathered[site] = statistics.add(gathered[site], one) if site in gathered else one
+        weights = None if measured is None else {s: measured.weights(index, s) for s in SITES}
+        (gathered,) = gather_layer(
+            graph,
+            self.config,
+            parameters,
+            index,
+            self.stream,
+            [weights],
+            moments=self.moments,
+            seed=self.settings.seed,
+        )
         for site, found in gathered.items():
             gain = None
             if self.moments == "full":
@@ -709,8 +700,8 @@ class _Run:
         outer = norm.nbytes + head.size * itemsize * (1 if self.config.tie_embeddings else 2)
         table = []
         for variant in self.variants:
-            own_loss, delta = losses[variant], losses[variant] - losses[FLOAT]
-            count = len(delta)
+            own_loss = losses[variant]
+            delta = evaluate.estimate_json(evaluate.estimate(own_loss - losses[FLOAT]))
             table.append(
                 {
                     "label": variant.label,
@@ -722,10 +713,8 @@ class _Run:
                     "bytes": self.original_bytes() if variant is FLOAT else self.bytes[variant] + outer,
                     "perplexity": float(np.exp(own_loss.mean())),
                     "nll": float(own_loss.mean()),
-                    "delta_nats": None if variant is FLOAT else float(delta.mean()),
-                    "delta_standard_error": None
-                    if variant is FLOAT or count < 2
-                    else float(delta.std(ddof=1) / np.sqrt(count)),
+                    "delta_nats": None if variant is FLOAT else delta["mean"],
+                    "delta_standard_error": None if variant is FLOAT else delta["standard_error"],
                 }
             )
         return table
@@ -826,12 +815,38 @@ def _finite(x: Any, index: int) -> np.ndarray:
     return x
 
 
+def gather_layer(
+    graph: Any,
+    config: DecoderConfig,
+    parameters: Any,
+    index: int,
+    stream: Any,
+    weightings: Sequence[Mapping[str, np.ndarray] | None],
+    *,
+    moments: statistics.Moments,
+    seed: int,
+) -> list[dict[str, SiteStatistics]]:
+    """Statistics of every site of layer ``index``, once under each weighting; the stream moves on to the next layer.
+
+    A weighting has ``[sequences, t]`` for every site, or is None: see :func:`torq_jax.statistics.gather`.
+    """
+    each = -(-SAMPLE_TOKENS // len(stream))
+    gathered: list[dict[str, SiteStatistics]] = [{} for _ in weightings]
+    for i, x in enumerate(stream):
+        y, taps = run_tapped(graph, config, parameters, x)
+        stream[i] = _finite(y, index)
+        for site, activation in taps.items():
+            flat = activation.reshape(-1, activation.shape[-1])
+            for weights, found in zip(weightings, gathered, strict=True):
+                own = None if weights is None else weights[site][i]
+                one = statistics.gather(flat, samples=each, seed=seed + i, moments=moments, weights=own)
+                found[site] = statistics.add(found[site], one) if site in found else one
+    return gathered
+
+
 def output_gain(weights: Mapping[str, Any], site: str) -> np.ndarray:
-    """``W^T W`` of the site's weights together, padded as the activations are."""
-    stacked = np.concatenate([np.asarray(weights[name], np.float32) for name in SITE_WEIGHTS[site]])
-    missing = mxfp4.padded_size(stacked.shape[1]) - stacked.shape[1]
-    stacked = np.pad(stacked, ((0, 0), (0, missing)))
-    return stacked.T @ stacked
+    """:func:`torq_jax.statistics.output_gain` of a site's weights."""
+    return statistics.output_gain(np.concatenate([np.asarray(weights[n]) for n in SITE_WEIGHTS[site]]))
 
 
 def _condition(transform: TwoLevelRotation) -> float:

@@ -12,16 +12,11 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
 
+from torq_jax.duration import format_seconds
+
 # Steps the estimate looks back on. The first layer compiles and the next ones do not, so that a mean over
 # everything would promise too long a wait for most of the run.
 _WINDOW = 4
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration as a reader says it: ``0:07``, ``12:34``, ``1:02:03``."""
-    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class LayerProgress:

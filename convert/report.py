@@ -29,8 +29,8 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
-from convert.progress import format_seconds
 from torq_jax.config import SITES
+from torq_jax.duration import format_seconds
 from torq_jax.errors import ConversionError
 from torq_jax.evaluate import Protocol
 

@@ -82,7 +82,7 @@ def test_the_full_hadamard_spreads_every_block_over_all(blocks):
 def nuclear(s, g):
     """The objective from the definition, in float64."""
     values = np.linalg.svd(
-        wush._root(wush._ridged(g, 1e-4)) @ wush._root(wush._ridged(s, 1e-4)), compute_uv=False
+        wush._root(wush.ridged(g, 1e-4)) @ wush._root(wush.ridged(s, 1e-4)), compute_uv=False
     )
     return float((values.sum(-1) ** 2).sum() / 32)
 

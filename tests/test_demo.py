@@ -12,7 +12,18 @@ from convert.__main__ import main
 from torq_jax import data, evaluate
 from torq_jax.generate import stream_text
 
-FEW = ["--samples", "2", "--sequence-length", "128", "--window", "256", "--windows", "2", "--option", "steps=8"]
+FEW = [
+    "--samples",
+    "2",
+    "--sequence-length",
+    "128",
+    "--window",
+    "256",
+    "--windows",
+    "2",
+    "--option",
+    "steps=8",
+]
 
 
 @pytest.mark.slow

@@ -6,21 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
 
-from tests.test_decoder import GOLDENS, golden_model
+from tests.test_decoder import GOLDENS
 from torq_jax.errors import TorqError
 from torq_jax.generate import chat_prompt, generate_tokens, sample, stream_text
-
-
-@pytest.fixture(scope="module")
-def model():
-    return golden_model("llama3")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(GOLDENS / "llama3")
 
 
 def test_greedy_tokens_equal_hugging_face(model):

@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from convert.progress import LayerProgress, format_seconds, progress
+from convert.progress import LayerProgress, progress
+from torq_jax.duration import format_seconds
 
 
 class Clock:

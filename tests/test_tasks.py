@@ -46,16 +46,6 @@ LAST_WORD = {"context": "The capital of France is", "target": " Paris"}
 TOKEN_ERROR = 1e-5
 
 
-@pytest.fixture(scope="module")
-def model():
-    return golden_model("llama3")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(GOLDENS / "llama3")
-
-
 def write(path, *items):
     path.write_text("\n".join(json.dumps(item) for item in items) + "\n", encoding="utf-8")
     return path

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -47,6 +48,15 @@ class Protocol:
             f"{self.window} tokens from its start, {'with' if self.bos else 'without'} BOS, "
             f"{self.tokens_scored} tokens scored"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over items (windows, questions) and its standard error, not a number for less than two of them."""
+
+    mean: float
+    standard_error: float
+    items: int
 
 
 def read_text(path: str | Path, joined: str = "raw") -> tuple[str, str]:
@@ -108,6 +118,25 @@ def cut(tokens: Int32[np.ndarray, " n"], window: int, count: int | None = None) 
     return tokens[: count * window].reshape(count, window)
 
 
+def estimate(values: Float[np.ndarray, " items"]) -> Estimate:
+    """Mean of independent items, and its standard error from their sample variance."""
+    n = len(values)
+    error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return Estimate(float(np.mean(values)), error, n)
+
+
+def estimate_json(value: Estimate) -> dict[str, Any]:
+    """An estimate as plain values."""
+    error = None if math.isnan(value.standard_error) else value.standard_error
+    return {"mean": value.mean, "standard_error": error, "items": value.items}
+
+
+def log_probabilities(logits: Float[Array, "*b V"], targets: Int32[Array, "*b"]) -> Float[Array, "*b"]:
+    """Logarithm of the probability that logits give to a target, in nats."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
 @functools.partial(jax.jit, static_argnames="eps")
 def negative_log_likelihood(
     hidden: Float[Array, "b t H"],
@@ -125,9 +154,7 @@ def negative_log_likelihood(
     targets = jnp.pad(targets, ((0, 0), (0, chunks * LOGITS_CHUNK - t)))
 
     def score(chunk: tuple[Array, Array]) -> Array:
-        logits = decoder.logits(chunk[0], norm, head, eps)
-        chosen = jnp.take_along_axis(logits, chunk[1][..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
+        return -log_probabilities(decoder.logits(chunk[0], norm, head, eps), chunk[1])
 
     split = (
         jnp.moveaxis(x.reshape(b, chunks, LOGITS_CHUNK, h), 1, 0),

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from torq_jax import decoder
 from torq_jax.decoder import Decoder
 from torq_jax.errors import TorqError
-from torq_jax.evaluate import LOGITS_CHUNK, check_vocabulary
+from torq_jax.evaluate import LOGITS_CHUNK, check_vocabulary, log_probabilities
 
 BATCH_TOKENS = 1024
 """Tokens of a batch, padding included. Part of a protocol: see :func:`make_batches`."""
@@ -190,8 +190,7 @@ def _score_positions(
     eps: float,
 ) -> tuple[Float[Array, " p"], Bool[Array, " p"]]:
     logits = decoder.logits(hidden.reshape(-1, hidden.shape[-1])[index], norm, head, eps)
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
+    return log_probabilities(logits, targets), jnp.argmax(logits, axis=-1) == targets
 
 
 def batch_scores(

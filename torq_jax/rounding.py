@@ -71,6 +71,58 @@ def gptq(
       TorqError: sizes that do not fit, values that are not finite, a matrix that is not symmetric or not positive
         semidefinite, or a damping too small to invert it.
     """
+    return gptq_factorised(weight, factorise(hessian, damping=damping, order=order), scale_rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class Factorised:
+    """A second moment made ready to round any number of weights that read the same activations."""
+
+    hessian: Float[Array, "d d"]
+    """In units of its trace, float32."""
+    factor: Float32[Array, "d d"]
+    """Of :func:`inverse_factor`, in the order in which features are taken."""
+    taken: Int32[np.ndarray, " d"]
+    """Features in that order."""
+    damping: float
+    dead: int
+
+
+def factorise(
+    hessian: Float[np.ndarray, "d d"], *, damping: float = 0.01, order: Order = "natural"
+) -> Factorised:
+    """What :func:`gptq` does once for all the weights of a site.
+
+    Raises:
+      TorqError: as :func:`gptq`, for the second moment, the damping and the order.
+    """
+    if order not in ORDERS:
+        raise TorqError(f"unknown order {order!r}: must be one of {', '.join(ORDERS)}")
+    features = np.shape(hessian)[-1] if np.ndim(hessian) else 0
+    hessian = _checked(hessian, features)
+    if features % BLOCK or not features:
+        raise TorqError(
+            f"the second moment has {features} features, not a multiple of {BLOCK}: pad it with zeros"
+        )
+    taken = _order(np.diagonal(hessian), order)
+    factor = inverse_factor(hessian[np.ix_(taken, taken)], damping)
+    return Factorised(
+        jnp.asarray(hessian / max(float(np.trace(hessian)), 1e-300), jnp.float32),
+        jnp.asarray(factor),
+        taken,
+        damping,
+        int(np.sum(np.diagonal(hessian) == 0)),
+    )
+
+
+def gptq_factorised(
+    weight: Float[Array, "out d"], second: Factorised, scale_rule: ScaleRule = "mse"
+) -> Rounded:
+    """:func:`gptq` with a second moment that was factorised before.
+
+    Raises:
+      TorqError: as :func:`gptq`, for the weight and the scale rule.
+    """
     weight = jnp.asarray(weight, jnp.float32)
     if weight.ndim != 2 or weight.shape[1] % BLOCK or not weight.size:
         raise TorqError(
@@ -78,16 +130,13 @@ def gptq(
         )
     if scale_rule not in mxfp4.SCALE_RULES:
         raise TorqError(f"unknown scale rule {scale_rule!r}: must be one of {', '.join(mxfp4.SCALE_RULES)}")
-    if order not in ORDERS:
-        raise TorqError(f"unknown order {order!r}: must be one of {', '.join(ORDERS)}")
     if not bool(jnp.isfinite(weight).all()):
         raise TorqError("the weight holds a NaN or an infinity: nothing can make up for it")
-    hessian = _checked(hessian, weight.shape[1])
-    taken = _order(np.diagonal(hessian), order)
-    moved = weight[:, taken]
-    factor = inverse_factor(hessian[np.ix_(taken, taken)], damping)
-    elements, scales = gptq_core(moved, jnp.asarray(factor), BLOCK, _SCALES[scale_rule])
-    back = np.argsort(taken)
+    features = len(second.taken)
+    if features != weight.shape[1]:
+        raise TorqError(f"the second moment has {features} features, the weight {weight.shape[1]} features")
+    elements, scales = gptq_core(weight[:, second.taken], second.factor, BLOCK, _SCALES[scale_rule])
+    back = np.argsort(second.taken)
     codes = _codes(elements[:, back])
     blocks_back = back[::BLOCK] // BLOCK
     exponents = _exponent(scales[:, blocks_back])
@@ -95,13 +144,13 @@ def gptq(
     stored = jnp.where(zero, 0, exponents + mxfp4.SCALE_BIAS).astype(jnp.uint8)
     codes = jnp.where(jnp.repeat(zero, BLOCK, axis=-1), jnp.uint8(0), codes)
     q = MXFP4Array(mxfp4.pack(codes), stored, weight.shape[1], -1)
-    h = jnp.asarray(hessian / max(float(np.trace(hessian)), 1e-300), jnp.float32)
+    nearest = mxfp4.quantize_dequantize(weight, scale_rule)
     return Rounded(
         q,
-        layer_error(weight, mxfp4.dequantize(q), h),
-        layer_error(weight, mxfp4.quantize_dequantize(weight, scale_rule), h),
-        damping,
-        int(np.sum(np.diagonal(hessian) == 0)),
+        layer_error(weight, mxfp4.dequantize(q), second.hessian),
+        layer_error(weight, nearest, second.hessian),
+        second.damping,
+        second.dead,
     )
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from torq_jax import decoder
 from torq_jax.config import DecoderConfig
+from torq_jax.evaluate import log_probabilities
 from torq_jax.mxfp4 import padded_size
 
 _CHUNK = 128
@@ -55,8 +56,7 @@ def head_gradient(
         def loss(x: Array) -> Array:
             logits = decoder.logits(x, norm, head, eps)
             labels = jax.lax.stop_gradient(jax.random.categorical(key, logits))
-            chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-            return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - chosen[:, 0])
+            return -jnp.sum(log_probabilities(logits, labels))
 
         return jax.grad(loss)(x)
 

@@ -118,6 +118,13 @@ def add(a: SiteStatistics, b: SiteStatistics) -> SiteStatistics:
     )
 
 
+def output_gain(weights: Float[np.ndarray, "outputs features"]) -> Float[np.ndarray, "d d"]:
+    """``W^T W`` of all the weights that a site feeds, stacked: the gain where errors count as the output's do."""
+    stacked = np.asarray(weights, np.float32)
+    stacked = np.pad(stacked, ((0, 0), (0, padded_size(stacked.shape[1]) - stacked.shape[1])))
+    return stacked.T @ stacked
+
+
 def normalise_tokens(x: Float[Array, "tokens d"]) -> Float[Array, "tokens d"]:
     """Each token over its root mean square, in float32; zero tokens stay zero."""
     x = x.astype(jnp.float32)

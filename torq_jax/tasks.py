@@ -37,7 +37,9 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from torq_jax.duration import format_seconds
 from torq_jax.errors import TorqError
+from torq_jax.evaluate import Estimate, estimate, estimate_json
 from torq_jax.likelihood import (
     BATCH_TOKENS,
     LogLikelihood,
@@ -108,15 +110,6 @@ class TaskResult:
     truncated: int
     """Requests that lost tokens from their start because the model has too few positions."""
     items: tuple[ItemResult, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A mean over items and its standard error, which is not a number for less than two items."""
-
-    mean: float
-    standard_error: float
-    items: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,13 +285,6 @@ def perplexity(result: TaskResult) -> float | None:
     return float(np.exp(-values(result, "log_likelihood").mean()))
 
 
-def estimate(values: Float[np.ndarray, " items"]) -> Estimate:
-    """Mean of independent items, and its standard error from their sample variance."""
-    n = len(values)
-    error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
-    return Estimate(float(np.mean(values)), error, n)
-
-
 def mean_of_tasks(estimates: Sequence[Estimate]) -> Estimate:
     """Mean of tasks with the same weight for each; their errors are independent."""
     n = len(estimates)
@@ -374,12 +360,6 @@ def to_json(results: Mapping[str, TaskResult]) -> dict[str, Any]:
     return {"format": FORMAT, "version": VERSION, "tasks": tasks}
 
 
-def estimate_json(value: Estimate) -> dict[str, Any]:
-    """An estimate as plain values."""
-    error = None if math.isnan(value.standard_error) else value.standard_error
-    return {"mean": value.mean, "standard_error": error, "items": value.items}
-
-
 def read_results(path: str | Path) -> dict[str, TaskResult]:
     """Results that ``--json`` wrote.
 
@@ -441,20 +421,14 @@ class ProgressLine:
             return
         self._shown = now
         elapsed = now - self._start
-        left = "" if finished else f", about {_clock_text(elapsed / done * (total - done))} left"
-        text = f"{self._name}: {100 * done // total:3d} %, {_clock_text(elapsed)} elapsed{left}"
+        left = "" if finished else f", about {format_seconds(elapsed / done * (total - done))} left"
+        text = f"{self._name}: {100 * done // total:3d} %, {format_seconds(elapsed)} elapsed{left}"
         # Blanks at the end wipe what a longer text before left on the line.
         end = "\n" if finished or not self._live else ""
         self._stream.write(
             ("\r" if self._live else "") + f"{text:<60}".rstrip("" if self._live else " ") + end
         )
         self._stream.flush()
-
-
-def _clock_text(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def find_tasks(data: str | Path, names: Sequence[str] | None = None, limit: int | None = None) -> list[Task]:

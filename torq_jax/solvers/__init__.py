@@ -86,9 +86,8 @@ def fit(
             raise TorqError(
                 f"weight has shape {weight.shape}, the activations {x.shape}: must be [out, features]"
             )
-        stacked = np.asarray(weight, np.float32)
-        stacked = np.pad(stacked, ((0, 0), (0, gathered.samples.shape[1] - stacked.shape[1])))
-        gathered = dataclasses.replace(gathered, gain=stacked.T @ stacked, outputs=len(stacked))
+        gain = site_statistics.output_gain(np.asarray(weight))
+        gathered = dataclasses.replace(gathered, gain=gain, outputs=len(weight))
     solution = solve(method, gathered, seed=seed, **options)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), solution.rotation)
 

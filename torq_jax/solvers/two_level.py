@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -68,11 +68,8 @@ def solve(
     second, gain = wush.moments(statistics, "two_level")
     features = second.shape[0]
     blocks = features // POSITIONS
-    if macro not in get_args(Macro) or steps < 1 or not learning_rate > 0:
-        raise TorqError(
-            f"macro {macro!r}, steps {steps}, learning_rate {learning_rate}: macro must be one of "
-            f"{', '.join(get_args(Macro))}, the others positive"
-        )
+    if steps < 1 or not learning_rate > 0:
+        raise TorqError(f"steps {steps}, learning_rate {learning_rate}: both must be positive")
     size = group_size(blocks, statistics.outputs, budget) if group is None else group
     if size < 1 or blocks % size:
         raise TorqError(f"group {size} does not divide {blocks} blocks")
@@ -96,7 +93,7 @@ def solve(
         losses = np.asarray(costs, np.float64)
         macro_report = {
             "group": size,
-            "macro_gain_db": float(10 * np.log10(losses[0] / losses.min())),
+            "macro_gain_db": wush.decibels(losses[0], losses.min()),
             "macro_steps": steps,
             "macro_condition_number": float(np.linalg.cond(inter).max()),
             **_online_shares(inter, features, statistics.outputs),
@@ -220,7 +217,7 @@ def error(
     if objective == "traces":
         traces = jnp.trace(second, axis1=-2, axis2=-1) * jnp.trace(gain, axis1=-2, axis2=-1)
         return jnp.sum(traces) / POSITIONS
-    s, g = _ridged(second), _ridged(gain)
+    s, g = wush.ridged(second, _RIDGE), wush.ridged(gain, _RIDGE)
     # At the best transform T of a block its product of traces is the squared nuclear norm; and since T is best, the
     # derivative of that product with T held is the derivative of its minimum: nothing is factorised backwards.
     metric, inverse = jax.lax.stop_gradient(_best_metric(s, g))
@@ -239,12 +236,6 @@ def _best_metric(second: Array, gain: Array) -> tuple[Array, Array]:
     s = jnp.sqrt(jnp.maximum(squares, 1e-7 * squares[..., -1:]))[..., None, :]
     left, right = inverse_half @ u, half @ u
     return (left * s) @ left.mT, (right / s) @ right.mT
-
-
-def _ridged(moment: Array) -> Array:
-    mean = jnp.trace(moment, axis1=-2, axis2=-1) / POSITIONS
-    ridge = _RIDGE * jnp.where(mean > 0, mean, 1.0)
-    return moment + ridge[..., None, None] * jnp.eye(POSITIONS)
 
 
 def mixed_blocks(

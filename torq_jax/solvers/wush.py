@@ -31,9 +31,8 @@ def solve(statistics: SiteStatistics, *, seed: int = 0, ridge: float = 1e-4) -> 
       ridge: added to the diagonals of both moments, in parts of each block's mean.
 
     Returns:
-      The transform, general, not orthogonal; the report has the modelled error in dB below that of the identity
-      for block Hadamard (by definition 0: it keeps block energies) and for the transform, and the largest
-      condition number.
+      The transform, general, not orthogonal; the report has the modelled error's gain over block Hadamard in dB
+      (which keeps block energies, as the identity does), and the largest condition number.
 
     Raises:
       TorqError: moments or gain are missing, or the ridge is not positive.
@@ -84,8 +83,8 @@ def block_transforms(second: Moments, gain: Moments, *, ridge: float = 1e-4) -> 
     """
     if not 0 < ridge < 1:
         raise TorqError(f"ridge {ridge} must lie between 0 and 1: 1e-4 is usual")
-    g = _root(_ridged(gain, ridge))
-    u, s, _ = np.linalg.svd(g @ _root(_ridged(second, ridge)))
+    g = _root(ridged(gain, ridge))
+    u, s, _ = np.linalg.svd(g @ _root(ridged(second, ridge)))
     found = (g @ u) / np.sqrt(s)[:, None] @ hadamard_matrix()
     return found * np.sqrt(POSITIONS) / np.linalg.norm(found, axis=(1, 2), keepdims=True)
 
@@ -112,11 +111,12 @@ def decibels(before: float, after: float) -> float:
     return float(10 * np.log10(before / after)) if before > 0 and after > 0 else 0.0
 
 
-def _ridged(moment: Moments, ridge: float) -> Moments:
-    mean = np.trace(moment, axis1=1, axis2=2) / POSITIONS
+def ridged(moment: Any, ridge: float) -> Any:
+    """``moment [..., 32, 32]``, of numpy or jax, with ``ridge`` times its mean diagonal added to the diagonal."""
+    mean = moment.trace(axis1=-2, axis2=-1) / POSITIONS
     # A block that is always zero still needs an invertible transform: any will do.
-    floor = np.where(mean > 0, mean, 1.0) * ridge
-    return moment + floor[:, None, None] * np.eye(POSITIONS)
+    floor = ridge * (mean + (mean <= 0))
+    return moment + floor[..., None, None] * np.eye(POSITIONS, dtype=moment.dtype)
 
 
 def _root(moment: Moments) -> Moments:
