@@ -31,7 +31,7 @@ DEMO_DEFAULTS: dict[str, Any] = {
     "calibration": "bundled",
     "samples": 32,
     "sequence_length": 512,
-    "compare": "none,hadamard",
+    "compare": "none,hadamard+gptq",
     "modes": "w4a4,a4",
     "windows": 8,
 }
@@ -82,7 +82,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--activation-scale", default="even", choices=SCALE_RULES, help="scale rule for activations"
     )
-    p.add_argument("--rounding", default="gptq", choices=pipeline.ROUNDINGS, help="of the weights")
+    p.add_argument(
+        "--rounding",
+        choices=pipeline.ROUNDINGS,
+        help="of the weights (default: two_sided, which needs the loss's gradients; gptq with --sensitivity output)",
+    )
     p.add_argument("--damping", type=float, default=0.01, help="of GPTQ, in parts of the mean second moment")
     p.add_argument("--order", default="natural", choices=rounding.ORDERS, help="of the features in GPTQ")
     p.add_argument(
@@ -147,7 +151,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         seed=options.seed,
         pad=options.pad,
         options=tuple(_option(text) for text in options.option or ()),
-        rounding=options.rounding,
+        rounding=options.rounding or ("two_sided" if options.sensitivity == "loss" else "gptq"),
         damping=options.damping,
         order=options.order,
         sensitivity=options.sensitivity,

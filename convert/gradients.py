@@ -22,8 +22,9 @@ from convert import names
 from convert.progress import LayerProgress
 from convert.sources import Source
 from torq_jax import sensitivity
-from torq_jax.config import SITES, DecoderConfig
+from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
 from torq_jax.errors import ConversionError
+from torq_jax.rounding import output_parts
 
 Layers = Callable[[int], dict[str, Any]]
 """Parameters of a layer by its index."""
@@ -46,14 +47,26 @@ class Sensitivity:
             )
         return (weights / mean).astype(np.float32)
 
+    def outputs(self, layer: int, site: str) -> dict[str, Float[np.ndarray, "parts size size"]]:
+        """``E[u^T u]`` over tokens of the gradients at the output of each of a site's weights, by name."""
+        return {
+            name: np.load(self.folder / f"{layer}.{site}.{name}.output.npy", allow_pickle=False)
+            for name in SITE_WEIGHTS[site]
+        }
+
     def gain(self, layer: int, site: str) -> Float[np.ndarray, "d d"]:
         """``E[u^T u]`` over tokens."""
         return np.load(self.folder / f"{layer}.{site}.gain.npy", allow_pickle=False)
 
 
-def disk_bytes(config: DecoderConfig, tokens: int) -> int:
-    """What the pass writes: streams in bfloat16, and the gains."""
+def disk_bytes(config: DecoderConfig, tokens: int, *, outputs: bool = False) -> int:
+    """What the pass writes: streams in bfloat16, the gains, and the moments at the weights' outputs."""
     gains = sum(config.site_in_features(site) ** 2 for site in SITES)
+    if outputs:
+        for site in SITES:
+            for size in config.site_out_features(site).values():
+                count, part = output_parts(size)
+                gains += count * part * part
     return config.num_layers * (2 * tokens * config.hidden_size + 4 * gains) + 4 * tokens * config.hidden_size
 
 
@@ -66,6 +79,7 @@ def measure(
     *,
     seed: int,
     progress: LayerProgress,
+    outputs: bool = False,
 ) -> Sensitivity:
     """Run the pass.
 
@@ -77,6 +91,7 @@ def measure(
       folder: to write to; made here.
       seed: of the labels.
       progress: advanced once a layer and direction.
+      outputs: whether to gather moments at the weights' outputs, too.
 
     Raises:
       ConversionError: activations or gradients that are not finite.
@@ -125,20 +140,21 @@ def measure(
         totals: dict[str, Any] = {}
         for i in range(count):
             gradient = jnp.asarray(np.load(streams / f"gradient.{i}.npy", allow_pickle=False))
-            before, energies, gains = sensitivity.layer_gradients(
-                config, parameters, load(layer, i), gradient
-            )
-            np.save(streams / f"gradient.{i}.npy", np.asarray(before))
+            found = sensitivity.layer_gradients(config, parameters, load(layer, i), gradient, outputs=outputs)
+            np.save(streams / f"gradient.{i}.npy", np.asarray(found.before))
             for site in SITES:
-                weights[site].append(np.asarray(energies[site]))
-            totals = jax.tree.map(jnp.add, totals, gains) if totals else gains
+                weights[site].append(np.asarray(found.energies[site]))
+            moments = found.gains | found.outputs
+            totals = jax.tree.map(jnp.add, totals, moments) if totals else moments
             (streams / f"{layer + 1}.{i}.npy").unlink()
         for site in SITES:
             np.save(folder / f"{layer}.{site}.weights.npy", np.stack(weights[site]))
-            gain = np.asarray(totals[site]) / np.float32(tokens.size)
-            if not np.isfinite(gain).all():
-                raise ConversionError(f"layer {layer}, {site}: gradients became NaN or infinite")
-            np.save(folder / f"{layer}.{site}.gain.npy", gain)
+        for name, total in totals.items():
+            moment = np.asarray(total) / np.float32(tokens.size)
+            if not np.isfinite(moment).all():
+                raise ConversionError(f"layer {layer}, {name}: gradients became NaN or infinite")
+            kind = "gain" if name in SITES else "output"
+            np.save(folder / f"{layer}.{name.replace('/', '.')}.{kind}.npy", moment)
         progress.advance()
     shutil.rmtree(streams)
     return Sensitivity(folder)

@@ -42,8 +42,9 @@ FOLD_TOLERANCE = 1e-4
 SAMPLE_TOKENS = 1024
 """Tokens of each site kept for the solvers and for the diagnostics."""
 
-ROUNDINGS = ("nearest", "gptq")
-"""Ways to round weights."""
+ROUNDINGS = ("nearest", "gptq", "two_sided")
+"""Ways to round weights: each to its nearest value, GPTQ, or GPTQ whose rows make up for each other as well, as far
+as the loss's gradients at the outputs say that they can."""
 
 SENSITIVITIES = ("loss", "output")
 """What errors can be weighed by."""
@@ -66,7 +67,7 @@ class Settings:
     options: tuple[tuple[str, Any], ...] = ()
     """Options of the chosen method, by name."""
     rounding: str = "nearest"
-    """Of the weights: ``"nearest"`` or ``"gptq"``."""
+    """Of the weights: one of :data:`ROUNDINGS`."""
     damping: float = 0.01
     """Of GPTQ: what is added to the second moment's diagonal, in parts of its mean."""
     order: str = "natural"
@@ -108,8 +109,9 @@ class Variant:
             return "float"
         mode = {("mxfp4", "mxfp4"): "W4A4", ("bf16", "mxfp4"): "A4-only", ("mxfp4", "bf16"): "W4A16"}
         name = "plain rounding" if self.method == "none" else self.method
-        if self.rounding == "gptq":
-            name = "GPTQ" if self.method == "none" else f"{name} + GPTQ"
+        if self.rounding != "nearest":
+            added = {"gptq": "GPTQ", "two_sided": "two-sided GPTQ"}[self.rounding]
+            name = added if self.method == "none" else f"{name} + {added}"
         return f"{name} {mode.get((self.weights, self.activations), 'float')}"
 
 
@@ -127,6 +129,8 @@ class SolvedSite:
     seconds: float
     second: np.ndarray | None
     """Second moment of the rotated activations, float64; for GPTQ."""
+    outputs: Mapping[str, np.ndarray] | None = None
+    """Moments of the gradients at each weight's output; for two-sided rounding."""
     packed: dict[str, dict[str, mxfp4.MXFP4Array]] = dataclasses.field(default_factory=dict)
     """Rounded weights, by rounding and name."""
 
@@ -249,6 +253,11 @@ def check(config: DecoderConfig, settings: Settings) -> None:
         raise ConversionError(
             f"unknown sensitivity {settings.sensitivity!r}: must be one of {', '.join(SENSITIVITIES)}"
         )
+    rounded_so = {settings.rounding, *(r for _, r in compared(settings))}
+    if "two_sided" in rounded_so and settings.weights == "mxfp4" and settings.sensitivity != "loss":
+        raise ConversionError(
+            "rounding 'two_sided' needs gradients of the loss: pass --sensitivity loss, or --rounding gptq"
+        )
     if settings.seed < 0:
         raise ConversionError(f"seed {settings.seed} must not be negative")
     for rule in (settings.weight_scale, settings.activation_scale):
@@ -318,10 +327,12 @@ def solve_site(
     method: str,
     *,
     second: bool,
+    outputs: Mapping[str, np.ndarray] | None = None,
 ) -> SolvedSite:
     """The site's rotation as it will be stored, and its weights folded with that.
 
-    ``second`` asks for the second moment of the rotated activations, which GPTQ needs.
+    ``second`` asks for the second moment of the rotated activations, which GPTQ needs; ``outputs`` has the moments of
+    the gradients at each weight's output, which two-sided rounding needs beside it.
     """
     start = time.monotonic()
     options = method_options(method, settings)
@@ -347,7 +358,7 @@ def solve_site(
             half = rotation.rotate_host(moment, transform)
             moment = rotation.rotate_host(np.ascontiguousarray(half.T), transform)
             moment = (moment + moment.T) / 2  # the two products round apart
-    return SolvedSite(transform, folded, dict(solution.report), seconds, moment)
+    return SolvedSite(transform, folded, dict(solution.report), seconds, moment, outputs)
 
 
 def round_weights(solved: SolvedSite, settings: Settings, rounded: str) -> dict[str, mxfp4.MXFP4Array]:
@@ -356,17 +367,20 @@ def round_weights(solved: SolvedSite, settings: Settings, rounded: str) -> dict[
         rule: Any = settings.weight_scale
         packed = solved.packed[rounded] = {}
         factorised = None
-        if rounded == "gptq":
-            if solved.second is None:
-                raise TorqError("solve the site with second=True for GPTQ")
+        if rounded != "nearest":
+            if solved.second is None or (rounded == "two_sided" and solved.outputs is None):
+                raise TorqError(
+                    "solve the site with second=True for GPTQ, and with outputs for two-sided rounding"
+                )
             order: Any = settings.order
             factorised = rounding.factorise(solved.second, damping=settings.damping, order=order)
         for name, folded in solved.folded.items():
             if factorised is not None:
-                found = rounding.gptq_factorised(jnp.asarray(folded), factorised, rule)
+                outputs = solved.outputs[name] if rounded == "two_sided" and solved.outputs else None
+                found = rounding.gptq_factorised(jnp.asarray(folded), factorised, rule, outputs=outputs)
                 packed[name] = found.weight
                 solved.report[f"{name}_error_nearest"] = found.error_nearest
-                solved.report[f"{name}_error_gptq"] = found.error
+                solved.report[f"{name}_error_{rounded}"] = found.error
             else:
                 packed[name] = mxfp4.quantize(jnp.asarray(folded), rule)
     return solved.packed[rounded]
@@ -417,8 +431,10 @@ class _Run:
         self.chosen = chosen_variant(settings)
         self.methods = list(dict.fromkeys([settings.method, *(v.method for v in self.variants if v.method)]))
         needed = {solvers.needs_moments(m) for m in self.methods}
-        if any(v.rounding == "gptq" for v in (self.chosen, *self.variants)):
+        roundings = {v.rounding for v in (self.chosen, *self.variants)}
+        if roundings - {"nearest"}:
             needed.add("full")
+        self.two_sided = "two_sided" in roundings
         self.moments: statistics.Moments = next(m for m in ("full", "inter", "none") if m in needed)  # type: ignore[assignment]
         self.sensitive = self.moments == "full" and settings.sensitivity == "loss"
         self.sensitivity: gradients.Sensitivity | None = None
@@ -504,11 +520,20 @@ class _Run:
             layers: dict[Variant, dict[str, Any]] = {v: dict(shared) for v in rows}
             formats: dict[Variant, dict[str, SiteFormat]] = {v: {} for v in rows}
             shard: dict[str, Any] = dict(shared)
-            second = any(v.rounding == "gptq" for v in written)
+            roundings = {v.rounding for v in written}
             for site in SITES:
                 with self.timed("solving"):
+                    outputs = None
+                    if "two_sided" in roundings and self.sensitivity is not None:
+                        outputs = self.sensitivity.outputs(index, site)
                     solved = solve_site(
-                        site, gathered[site], parameters[site], self.settings, method, second=second
+                        site,
+                        gathered[site],
+                        parameters[site],
+                        self.settings,
+                        method,
+                        second=roundings != {"nearest"},
+                        outputs=outputs,
                     )
                     self.solver_seconds[method] = self.solver_seconds.get(method, 0.0) + solved.seconds
                 with self.timed("rounding"):
@@ -589,6 +614,7 @@ class _Run:
             folder,
             seed=self.settings.seed,
             progress=progress,
+            outputs=self.two_sided,
         )
 
     def advance(self, variant: Variant, graph: Any, parameters: Any, index: int) -> None:
@@ -797,8 +823,9 @@ def run_tapped(graph: Any, config: DecoderConfig, parameters: Any, x: Any) -> An
     """The residual stream after one layer, and the activations that enter each site."""
     taps: dict[str, Any] = {}
 
-    def record(site: str, activation: Any) -> Any:
-        taps[site] = activation
+    def record(name: str, activation: Any) -> Any:
+        if name in SITES:
+            taps[name] = activation
         return activation
 
     rope = decoder.rope_tables(config, jnp.arange(x.shape[1]))

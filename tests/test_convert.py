@@ -117,19 +117,30 @@ def test_packed_and_decoded_weights_give_the_same_logits(converted):
 @pytest.mark.parametrize("sensitivity", ["loss", "output"])
 @pytest.mark.parametrize("name", ["llama3", "qwen3-tied"])
 def test_the_default_converts_every_family(name, sensitivity, tmp_path, text):
-    options = ["--method", "two_level", "--rounding", "gptq", "--sensitivity", sensitivity]
+    options = ["--method", "two_level", "--sensitivity", sensitivity]
+    if sensitivity == "loss":
+        rounded, title = "two_sided", "two_level + two-sided GPTQ W4A4"
+    else:
+        rounded, title = "gptq", "two_level + GPTQ W4A4"
+    options += ["--rounding", rounded]
     options += ["--evaluate", str(text), "--window", "64", "--windows", "2", "--compare", "none,none+gptq"]
     assert convert(name, tmp_path / "out", *options) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     labels = [row["label"] for row in report["evaluation"]["rows"]]
-    assert labels == ["float", "plain rounding W4A4", "GPTQ W4A4", "two_level + GPTQ W4A4"]
+    assert labels == ["float", "plain rounding W4A4", "GPTQ W4A4", title]
     assert ("sensitivity" in report["timings"]["stages"]) == (sensitivity == "loss")
     assert not (tmp_path / "out" / "sensitivity").exists()
     for site in report["sites"]:
         assert site["fold_error"] < 1e-5 and site["condition_number"] >= 1
         for name in ("q", "gate", "down"):
-            if f"{name}_error_gptq" in site["solver"]:
-                assert site["solver"][f"{name}_error_gptq"] <= site["solver"][f"{name}_error_nearest"]
+            if f"{name}_error_{rounded}" in site["solver"]:
+                assert site["solver"][f"{name}_error_{rounded}"] <= site["solver"][f"{name}_error_nearest"]
+
+
+def test_two_sided_rounding_without_gradients_is_refused(tmp_path, capsys):
+    options = ["--hf", GOLDENS / "llama3", "--out", tmp_path / "out", *SMALL, "--rounding", "two_sided"]
+    assert "needs gradients of the loss" in error_of(capsys, *options, "--sensitivity", "output")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["llama3-tied", "qwen3", "qwen3-tied"])
@@ -286,7 +297,7 @@ def test_too_little_text_to_evaluate(tmp_path, capsys, text):
         (["--seed", "-1"], "seed -1 must not be negative"),
         (
             ["--compare", "none+gtpq"],
-            "unknown rounding 'gtpq' for method 'none': must be one of nearest, gptq",
+            "unknown rounding 'gtpq' for method 'none': must be one of nearest, gptq, two_sided",
         ),
         (["--damping", "0"], "damping 0.0 must be positive"),
     ],

@@ -78,6 +78,61 @@ def test_the_output_error_falls_and_is_what_is_reported(seed, order):
     assert found.error == pytest.approx(measured, rel=1e-3)
 
 
+def output_moment(rows=24, seed=7):
+    """Of gradients in which some directions count far more than others."""
+    rng = np.random.default_rng(seed)
+    u = rng.standard_normal((8 * rows, rows)) * np.exp(rng.standard_normal(rows))
+    u = u @ (np.eye(rows) + rng.standard_normal((rows, rows)) / np.sqrt(rows))
+    return u.T @ u / len(u)
+
+
+def test_two_sided_equals_the_textbook_row_by_row():
+    weight, hessian, _ = problem()
+    moment, damping = output_moment(), 0.01
+    damped = moment + damping * np.diagonal(moment).mean() * np.eye(len(moment))
+    target, expected = weight.astype(np.float64).copy(), np.zeros_like(weight)
+    for start in range(0, len(weight), rounding.ROWS):
+        now, later = slice(start, start + rounding.ROWS), slice(start + rounding.ROWS, None)
+        expected[now] = textbook(target[now].astype(np.float32), hessian, damping, (0, 1, -1))
+        # What is best for the rows to come, by the definition: they minimise tr(O E H E^T) in real numbers.
+        best = np.linalg.solve(damped[later, later], damped[later, now] @ (target[now] - expected[now]))
+        target[later] += best
+    found = np.asarray(mxfp4.dequantize(rounding.gptq(weight, hessian, outputs=moment).weight))
+    # As above, a row in which float32 decides one rounding the other way may differ; rows after it then differ, too.
+    assert (np.abs(found - expected).max(axis=1) > 0)[: 2 * rounding.ROWS].sum() <= 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rows", [24, 13])
+def test_two_sided_lowers_the_error_that_it_reports(rows, seed):
+    weight, hessian, _ = problem(rows=rows, seed=seed)
+    moment = output_moment(rows, seed)
+    one, two = rounding.gptq(weight, hessian), rounding.gptq(weight, hessian, outputs=moment)
+
+    def cost(q):
+        lost = weight - np.asarray(mxfp4.dequantize(q.weight), np.float64)
+        return np.trace(moment @ lost @ hessian @ lost.T) / np.trace(moment @ weight @ hessian @ weight.T)
+
+    assert cost(two) < cost(one)
+    assert two.error == pytest.approx(cost(two), rel=1e-3)
+    assert two.weight.codes.shape == one.weight.codes.shape
+
+
+def test_outputs_that_count_the_same_change_nothing():
+    weight, hessian, _ = problem()
+    one = rounding.gptq(weight, hessian)
+    for outputs in (3 * np.eye(24), np.stack([np.eye(16)] * 2)):  # the second in parts, the last filled up
+        two = rounding.gptq(weight, hessian, outputs=outputs)
+        np.testing.assert_array_equal(one.weight.codes, two.weight.codes)
+        np.testing.assert_array_equal(one.weight.scales, two.weight.scales)
+
+
+def test_parts_hold_every_row_once():
+    for out in (1, 8, 24, 576, 4096, 4097, 14336, 28672):
+        count, size = rounding.output_parts(out)
+        assert 0 <= count * size - out < count * rounding.ROWS and size <= 4096 and size % rounding.ROWS == 0
+
+
 def test_zero_features_and_zero_blocks_stay_zero():
     weight, hessian, _ = problem()
     weight[:, 64:], hessian[64:], hessian[:, 64:] = 0, 0, 0
@@ -134,6 +189,9 @@ def test_correct_is_least_squares():
         ),
         (dict(scale_rule="largest"), "unknown scale rule"),
         (dict(order="random"), "unknown order"),
+        (dict(outputs=np.eye(23)), "24 rows"),
+        (dict(outputs=np.stack([np.eye(12)] * 2)), "multiple of 8"),
+        (dict(outputs=np.full((24, 24), np.nan)), "outputs' moment holds a NaN"),
     ],
 )
 def test_errors(change, message):

@@ -47,7 +47,9 @@ def test_a_nudge_of_a_site_moves_the_loss_by_its_gradient():
         tap = lambda name, v: v.at[0, token, feature].add(nudge) if name == site else v  # noqa: E731
         return jnp.vdot(decoder.merge_layer(graph, parameters)(x, rope, tap=tap)[0], cotangent)
 
-    before, energies, gains = sensitivity.layer_gradients(CONFIG, parameters, x, cotangent)
+    found = sensitivity.layer_gradients(CONFIG, parameters, x, cotangent, outputs=True)
+    before, energies, gains, outputs = found
+    assert not sensitivity.layer_gradients(CONFIG, parameters, x, cotangent).outputs
     whole = jax.grad(lambda x: jnp.vdot(decoder.merge_layer(graph, parameters)(x, rope)[0], cotangent))(x)
     np.testing.assert_allclose(before, whole, rtol=1e-4, atol=1e-4)
     for site in SITES:
@@ -58,6 +60,11 @@ def test_a_nudge_of_a_site_moves_the_loss_by_its_gradient():
         np.testing.assert_allclose(corner, u.T @ u, rtol=1e-3, atol=1e-3)
         assert energies[site].shape == (7,) and gains[site].shape[0] % 32 == 0
         np.testing.assert_allclose(np.sum(energies[site]), np.trace(gains[site]), rtol=1e-4)
+    for name, size in ((f"{s}/{n}", o) for s in SITES for n, o in CONFIG.site_out_features(s).items()):
+        u = np.array([[jax.grad(loss)(0.0, name, t, f) for f in (0, size - 1)] for t in range(7)])
+        (moment,) = np.asarray(outputs[name])
+        corner = moment[np.ix_([0, size - 1], [0, size - 1])]
+        np.testing.assert_allclose(corner, u.T @ u, rtol=1e-3, atol=1e-3)
 
 
 def test_the_head_gradient_is_that_of_its_own_labels():

@@ -28,8 +28,9 @@ from torq_jax.mxfp4 import BLOCK, MXFP4Array
 from torq_jax.rotation import TwoLevelRotation
 
 Tap = Callable[[str, Array], Array]
-"""Called while tracing with a site's name and the activation ``[b, t, features]`` that enters it; the layer goes
-on with what is returned."""
+"""Called while tracing with a site's name and the activation ``[b, t, features]`` that enters it, and with
+``"site/weight"`` and the output ``[b, t, out]`` of each of its linear layers; the layer goes on with what is
+returned."""
 
 QUERY_CHUNK = 256
 """Queries whose attention scores are held at a time; bounds memory at long windows."""
@@ -124,7 +125,8 @@ class Site(nnx.Module):
         for name in SITE_WEIGHTS[self.site]:
             y = dot(x, self.weight(name), rounded=self.form.activation_scale is not None)
             bias = getattr(self, f"{name}_bias", None)
-            outputs.append(y if bias is None else y + bias[...].astype(y.dtype))
+            y = y if bias is None else y + bias[...].astype(y.dtype)
+            outputs.append(y if tap is None else tap(f"{self.site}/{name}", y))
         return outputs
 
     def rotation(self) -> TwoLevelRotation | None:

@@ -3,6 +3,12 @@
 Features are rounded one after the other; what each loses, the ones not yet rounded make up for, as far as the
 second moment H of the activations says that they can. A block's scale is chosen when its turn comes, from weights
 that have made up for all that went before. Rows do not know of each other.
+
+With the second moment O of the gradients at the outputs they do: an error E of the weight costs the loss
+``tr(O E H E^T)``, to second order and with the two moments taken as independent (K-FAC, arXiv 1503.05671; YAQA,
+arXiv 2505.22988, rounds under the same). Given what the rows before have lost, the best that real numbers can do for
+the rows to come does not depend on H: ``-O_ll^-1 O_lb`` times the loss, which is GPTQ's feedback once more, from row
+to row. So rows are rounded by GPTQ a few at a time, and each few hand on to all later ones what they lost.
 """
 
 from __future__ import annotations
@@ -10,13 +16,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Float64, Int32
 
 from torq_jax import mxfp4
 from torq_jax.errors import TorqError
@@ -33,7 +39,7 @@ Scales = Callable[[Float32[Array, "o k"]], Float32[Array, "c o"]]
 
 @dataclasses.dataclass(frozen=True)
 class Rounded:
-    """A rounded weight, and the output error that rounding made: ``tr(E H E^T) / tr(W H W^T)``."""
+    """A rounded weight, and the error that rounding made: ``tr(O E H E^T) / tr(O W H W^T)``, O = I unless given."""
 
     weight: MXFP4Array
     error: float
@@ -52,6 +58,7 @@ def gptq(
     *,
     damping: float = 0.01,
     order: Order = "natural",
+    outputs: Float[np.ndarray, ...] | None = None,
 ) -> Rounded:
     """Round a weight so that the error of ``x @ weight.T`` is small, not that of the weight.
 
@@ -62,6 +69,9 @@ def gptq(
         and both its neighbours and keeps, for each row, the one with the least error after feedback.
       damping: added to the diagonal of ``hessian``, in parts of its mean.
       order: see :data:`ORDERS`.
+      outputs: ``E[u^T u]`` of the loss's gradients u with respect to ``x @ weight.T``, ``[out, out]`` or, for parts
+        of the outputs (see :func:`output_parts`), ``[parts, size, size]``; any positive scale, damped likewise. Rows
+        then make up for each other as well. None: every output counts the same.
 
     Returns:
       The weight in MXFP4 and what was measured. Factorising takes ``2/3 d^3`` float64 operations and 24 ``d^2``
@@ -71,7 +81,8 @@ def gptq(
       TorqError: sizes that do not fit, values that are not finite, a matrix that is not symmetric or not positive
         semidefinite, or a damping too small to invert it.
     """
-    return gptq_factorised(weight, factorise(hessian, damping=damping, order=order), scale_rule)
+    second = factorise(hessian, damping=damping, order=order)
+    return gptq_factorised(weight, second, scale_rule, outputs=outputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +127,16 @@ def factorise(
 
 
 def gptq_factorised(
-    weight: Float[Array, "out d"], second: Factorised, scale_rule: ScaleRule = "mse"
+    weight: Float[Array, "out d"],
+    second: Factorised,
+    scale_rule: ScaleRule = "mse",
+    *,
+    outputs: Float[np.ndarray, ...] | None = None,
 ) -> Rounded:
     """:func:`gptq` with a second moment that was factorised before.
 
     Raises:
-      TorqError: as :func:`gptq`, for the weight and the scale rule.
+      TorqError: as :func:`gptq`, for the weight, the scale rule and ``outputs``.
     """
     weight = jnp.asarray(weight, jnp.float32)
     if weight.ndim != 2 or weight.shape[1] % BLOCK or not weight.size:
@@ -135,7 +150,12 @@ def gptq_factorised(
     features = len(second.taken)
     if features != weight.shape[1]:
         raise TorqError(f"the second moment has {features} features, the weight {weight.shape[1]} features")
-    elements, scales = gptq_core(weight[:, second.taken], second.factor, BLOCK, _SCALES[scale_rule])
+    moments = None if outputs is None else _checked_outputs(outputs, len(weight))
+    ordered, scales_of = weight[:, second.taken], _SCALES[scale_rule]
+    if moments is None:
+        elements, scales = gptq_core(ordered, second.factor, BLOCK, scales_of)
+    else:
+        elements, scales = _round_parts(ordered, second, moments, scales_of)
     back = np.argsort(second.taken)
     codes = _codes(elements[:, back])
     blocks_back = back[::BLOCK] // BLOCK
@@ -147,11 +167,71 @@ def gptq_factorised(
     nearest = mxfp4.quantize_dequantize(weight, scale_rule)
     return Rounded(
         q,
-        layer_error(weight, mxfp4.dequantize(q), second.hessian),
-        layer_error(weight, nearest, second.hessian),
+        layer_error(weight, mxfp4.dequantize(q), second.hessian, moments),
+        layer_error(weight, nearest, second.hessian, moments),
         second.damping,
         second.dead,
     )
+
+
+ROWS = 8
+"""Rows that are rounded together under gradients at the outputs. Fewer make up for a little more, and take longer."""
+
+_LARGEST_PART = 4096
+
+
+def output_parts(out: int) -> tuple[int, int]:
+    """Count and size of the parts of a weight's rows that make up for each other; the last part may be filled up.
+
+    The moment of all the rows together would be larger than the weight itself, and where there are more than 4096
+    (gate and up of a large model) it says little.
+    """
+    count = -(-out // _LARGEST_PART)
+    size = -(-out // count)
+    return count, -(-size // ROWS) * ROWS
+
+
+def _round_parts(
+    weight: Array, second: Factorised, moments: Float[np.ndarray, "n g g"], scales_of: Scales
+) -> tuple[Array, Array]:
+    """:func:`gptq_core` of each part of the rows, with feedback from row to row."""
+    count, size = moments.shape[:2]
+    padded = jnp.pad(weight, ((0, count * size - len(weight)), (0, 0)))
+    found = []
+    for part, moment in enumerate(moments):
+        factor = inverse_factor(moment, second.damping)
+        steps = np.arange(size // ROWS)
+        diagonal = factor.reshape(len(steps), ROWS, len(steps), ROWS)[steps, :, steps]
+        inverses = np.linalg.inv(diagonal.astype(np.float64)).astype(np.float32)
+        rows = padded[part * size : (part + 1) * size]
+        found.append(
+            _two_sided_core(
+                rows, second.factor, jnp.asarray(factor), jnp.asarray(inverses), ROWS, BLOCK, scales_of
+            )
+        )
+    elements, scales = (jnp.concatenate(a)[: len(weight)] for a in zip(*found, strict=True))
+    return elements, scales
+
+
+def _checked_outputs(outputs: Any, out: int) -> Float64[np.ndarray, "n g g"]:
+    """Parts of the outputs' moment, filled up to whole steps."""
+    moments = np.asarray(outputs, np.float64)
+    moments = moments[None] if moments.ndim == 2 else moments
+    size = moments.shape[-1]
+    if (
+        moments.ndim != 3
+        or moments.shape[-2] != size
+        or not 0 <= len(moments) * size - out < len(moments) * ROWS
+    ):
+        raise TorqError(
+            f"the outputs' moment has shape {np.shape(outputs)}, the weight {out} rows: must be [{out}, {out}], or "
+            "[parts, size, size] with the last part filled up"
+        )
+    moments = np.stack([_checked(moment, size, "the outputs' moment", "rows") for moment in moments])
+    missing = -size % ROWS
+    if missing and len(moments) > 1:
+        raise TorqError(f"parts of {size} outputs: must be a multiple of {ROWS}; see output_parts")
+    return np.pad(moments, ((0, 0), (0, missing), (0, missing)))
 
 
 def correct(
@@ -274,6 +354,35 @@ def _gptq_core(weight: Array, factor: Array, block: int, scales: Scales) -> tupl
     return elements, chosen
 
 
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _two_sided_core(
+    weight: Array, factor: Array, outputs: Array, inverses: Array, rows: int, block: int, scales: Scales
+) -> tuple[Array, Array]:
+    """:func:`gptq_core` for ``rows`` rows after the others, each making up for what those before it lost.
+
+    ``outputs`` is the factor of the gradients' moment ``[o, o]``, ``inverses [o / rows, rows, rows]`` the inverses of
+    its blocks on the diagonal.
+    """
+    out, features = weight.shape
+    high = jax.lax.Precision.HIGHEST
+
+    def some_rows(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        weight, elements, chosen = carry
+        start = index * rows
+        own = jax.lax.dynamic_slice(weight, (start, 0), (rows, features))
+        found, scale = _gptq_core(own, factor, block, scales)
+        lost = own - found * jnp.repeat(scale, block, axis=-1)
+        error = jnp.einsum("kr,kd->rd", inverses[index], lost, precision=high)
+        later = jax.lax.dynamic_slice(outputs, (start, 0), (rows, out))
+        weight = weight - jnp.einsum("ro,rd->od", later, error, precision=high)
+        place = lambda a, b: jax.lax.dynamic_update_slice(a, b, (start, 0))  # noqa: E731
+        return weight, place(elements, found), place(chosen, scale)
+
+    begin = (weight, jnp.zeros_like(weight), jnp.zeros((out, features // block), jnp.float32))
+    _, elements, chosen = jax.lax.fori_loop(0, out // rows, some_rows, begin)
+    return elements, chosen
+
+
 def round_elements(x: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
     """Nearest E2M1 value, ties to the even code, saturating at 6; of values already divided by their scale."""
     a = jnp.abs(x)
@@ -283,16 +392,32 @@ def round_elements(x: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
 
 
 def layer_error(
-    weight: Float[Array, "o d"], rounded: Float[Array, "o d"], hessian: Float[Array, "d d"]
+    weight: Float[Array, "o d"],
+    rounded: Float[Array, "o d"],
+    hessian: Float[Array, "d d"],
+    outputs: Float[np.ndarray, "n g g"] | None = None,
 ) -> float:
-    """``tr(E H E^T) / tr(W H W^T)`` with E the difference; 0 where the denominator is."""
-    return float(_layer_error(weight, rounded, hessian))
+    """``tr(O E H E^T) / tr(O W H W^T)`` with E the difference and O = I unless given; 0 where the denominator is."""
+    weighed = None
+    if outputs is not None:
+        trace = float(np.trace(outputs, axis1=1, axis2=2).sum())
+        weighed = jnp.asarray(outputs / max(trace, 1e-300), jnp.float32)
+    return float(_layer_error(weight, rounded, hessian, weighed))
 
 
 @jax.jit
-def _layer_error(weight: Array, rounded: Array, hessian: Array) -> Array:
+def _layer_error(weight: Array, rounded: Array, hessian: Array, outputs: Array | None) -> Array:
     high = jax.lax.Precision.HIGHEST
-    energy = lambda a: jnp.sum(jnp.matmul(a, hessian, precision=high) * a)  # noqa: E731
+
+    def energy(a: Array) -> Array:
+        read = jnp.matmul(a, hessian, precision=high)
+        if outputs is None:
+            return jnp.sum(read * a)
+        count, size = outputs.shape[:2]
+        parts = jnp.pad(a, ((0, count * size - len(a)), (0, 0))).reshape(count, size, -1)
+        weighed = jnp.einsum("npq,nqd->npd", outputs, parts, precision=high).reshape(count * size, -1)
+        return jnp.sum(read * weighed[: len(a)])
+
     whole = energy(weight)
     return jnp.where(whole > 0, energy(weight - rounded) / jnp.where(whole > 0, whole, 1.0), 0.0)
 
@@ -337,19 +462,20 @@ def _order(diagonal: np.ndarray, order: Order) -> np.ndarray:
     return (inside[blocks] + BLOCK * blocks[:, None]).reshape(-1)
 
 
-def _checked(hessian: Float[np.ndarray, "d d"], features: int) -> Float[np.ndarray, "d d"]:
+def _checked(
+    hessian: Float[np.ndarray, "d d"], size: int, name: str = "the second moment", what: str = "features"
+) -> Float[np.ndarray, "d d"]:
     hessian = np.asarray(hessian, np.float64)
-    if hessian.shape != (features, features):
+    if hessian.shape != (size, size):
         raise TorqError(
-            f"the second moment has shape {hessian.shape}, the weight {features} features: must be "
-            f"[{features}, {features}]"
+            f"{name} has shape {hessian.shape}, the weight {size} {what}: must be [{size}, {size}]"
         )
     if not np.isfinite(hessian).all():
-        raise TorqError("the second moment holds a NaN or an infinity: calibration failed")
+        raise TorqError(f"{name} holds a NaN or an infinity: calibration failed")
     scale = float(np.abs(hessian).max())
     # float32 sums over tokens differ in order between the two halves at most.
     if scale and float(np.abs(hessian - hessian.T).max()) > 1e-3 * scale:
-        raise TorqError("the second moment is not symmetric: must be E[x^T x]")
+        raise TorqError(f"{name} is not symmetric: must be E[x^T x]")
     if float(np.diagonal(hessian).min(initial=0.0)) < 0:
-        raise TorqError("the second moment has a negative diagonal: must be E[x^T x]")
+        raise TorqError(f"{name} has a negative diagonal: must be E[x^T x]")
     return (hessian + hessian.T) / 2

@@ -7,22 +7,25 @@ is also the second derivative of the divergence between the original and the dis
 
 With F taken as a product of a token's part and a channel's part (K-FAC, arXiv 1503.05671), a token weighs
 ``|u_t|^2`` in the second moment of x, and ``G = E[u^T u]`` is the gain. GuidedQuant (arXiv 2505.07004) and YAQA
-(arXiv 2505.22988) use such gradients to round weights; here they shape the transforms as well.
+(arXiv 2505.22988) use such gradients to round weights; here they shape the transforms as well. The same moment of
+the gradients at a weight's output is what rows of the weight make up for each other by (see
+:mod:`torq_jax.rounding`).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from torq_jax import decoder
-from torq_jax.config import DecoderConfig
+from torq_jax.config import SITES, DecoderConfig
 from torq_jax.evaluate import log_probabilities
 from torq_jax.mxfp4 import padded_size
+from torq_jax.rounding import output_parts
 
 _CHUNK = 128
 """Tokens whose logits are held at a time."""
@@ -64,13 +67,29 @@ def head_gradient(
     return found.reshape(1, -1, h)[:, :t]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+class LayerGradients(NamedTuple):
+    """What :func:`layer_gradients` finds."""
+
+    before: Float[Array, "1 t H"]
+    """The gradient with respect to the stream that enters the layer."""
+    energies: dict[str, Float[Array, " t"]]
+    """Of every site, the squared norm of each token's gradient u with respect to the activation that enters it."""
+    gains: dict[str, Float[Array, "d d"]]
+    """Of every site, ``u^T u`` summed over tokens, padded to a multiple of 32."""
+    outputs: dict[str, Float[Array, "parts size size"]]
+    """Of every ``"site/weight"``, the same of the gradient with respect to the weight's output, in the parts of
+    :func:`torq_jax.rounding.output_parts`; empty unless asked for."""
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="outputs")
 def layer_gradients(
     config: DecoderConfig,
     parameters: Any,
     x: Float[Array, "1 t H"],
     cotangent: Float[Array, "1 t H"],
-) -> tuple[Float[Array, "1 t H"], dict[str, Float[Array, " t"]], dict[str, Float[Array, "d d"]]]:
+    *,
+    outputs: bool = False,
+) -> LayerGradients:
     """Take a gradient back through one float layer.
 
     Args:
@@ -78,10 +97,7 @@ def layer_gradients(
       parameters: of the layer, nested as :func:`torq_jax.decoder.merge_layer` takes them.
       x: residual stream that enters the layer.
       cotangent: gradient of the loss with respect to what leaves it.
-
-    Returns:
-      The gradient with respect to x; of every site, the squared norm of each token's gradient u with respect
-      to the activation that enters it, and ``u^T u`` summed over tokens, padded to a multiple of 32.
+      outputs: whether to gather moments of the gradients with respect to the weights' outputs.
     """
     graph, _ = decoder.make_layer(config)
     rope = decoder.rope_tables(config, jnp.arange(x.shape[1]))
@@ -90,8 +106,9 @@ def layer_gradients(
     def shapes(x: Array) -> dict[str, Array]:
         taps: dict[str, Array] = {}
 
-        def record(site: str, value: Array) -> Array:
-            taps[site] = value
+        def record(name: str, value: Array) -> Array:
+            if outputs or name in SITES:
+                taps[name] = value
             return value
 
         layer(x, rope, tap=record)
@@ -100,14 +117,19 @@ def layer_gradients(
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(shapes, x))
 
     def run(x: Array, probes: dict[str, Array]) -> Array:
-        return layer(x, rope, tap=lambda site, value: value + probes[site])[0]
+        return layer(x, rope, tap=lambda name, value: value + probes[name] if name in probes else value)[0]
 
     _, pull = jax.vjp(run, x, zeros)
     before, gradients = pull(cotangent.astype(x.dtype))
-    energies, gains = {}, {}
-    for site, u in gradients.items():
+    energies, gains, by_output = {}, {}, {}
+    for name, u in gradients.items():
         flat = u.reshape(-1, u.shape[-1]).astype(jnp.float32)
-        flat = jnp.pad(flat, ((0, 0), (0, padded_size(flat.shape[1]) - flat.shape[1])))
-        energies[site] = jnp.sum(flat * flat, axis=-1)
-        gains[site] = jnp.einsum("tc,td->cd", flat, flat, precision=jax.lax.Precision.HIGHEST)
-    return before, energies, gains
+        if name in SITES:
+            flat = jnp.pad(flat, ((0, 0), (0, padded_size(flat.shape[1]) - flat.shape[1])))
+            energies[name] = jnp.sum(flat * flat, axis=-1)
+            gains[name] = jnp.einsum("tc,td->cd", flat, flat, precision=jax.lax.Precision.HIGHEST)
+        else:
+            count, size = output_parts(flat.shape[1])
+            flat = jnp.pad(flat, ((0, 0), (0, count * size - flat.shape[1]))).reshape(-1, count, size)
+            by_output[name] = jnp.einsum("tnp,tnq->npq", flat, flat, precision=jax.lax.Precision.HIGHEST)
+    return LayerGradients(before, energies, gains, by_output)
