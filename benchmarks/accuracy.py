@@ -27,7 +27,7 @@ from convert import gradients, names, pipeline, sources
 from convert.progress import LayerProgress, progress
 from convert.sources import Source
 from torq_jax import checkpoint, decoder, evaluate
-from torq_jax.config import SITES
+from torq_jax.config import SITE_WEIGHTS, SITES
 from torq_jax.statistics import SiteStatistics
 
 TEXTS = {"wikitext2": "wikitext2_test.txt", "c4": "c4_evaluation.jsonl"}
@@ -35,36 +35,50 @@ CALIBRATION = {
     "mixture": ("wikitext2_train_slice.txt", "c4_calibration.jsonl"),
     "wikitext2": ("wikitext2_train_slice.txt",),
 }
-MODES = {"a4": ("bf16", "nearest"), "nearest": ("mxfp4", "nearest"), "gptq": ("mxfp4", "gptq")}
-TITLES = {"a4": "A4 only", "nearest": "W4A4 nearest", "gptq": "W4A4 + GPTQ"}
+MODES = {
+    "a4": ("bf16", "nearest"),
+    "nearest": ("mxfp4", "nearest"),
+    "gptq": ("mxfp4", "gptq"),
+    "two_sided": ("mxfp4", "two_sided"),
+}
+TITLES = {
+    "a4": "A4 only",
+    "nearest": "W4A4 nearest",
+    "gptq": "W4A4 + GPTQ",
+    "two_sided": "W4A4 + two-sided",
+}
+PUBLISHED = ("a4", "nearest", "gptq")
+SHORT = ("a4", "gptq")
+OURS = ("a4", "two_sided")
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A line of the table: a solver, and what it weighs errors by."""
+    """A line of the table: a solver, what it weighs errors by, and the modes that are run."""
 
     name: str
     method: str
     sensitivity: str = "output"
+    modes: tuple[str, ...] = PUBLISHED
     options: tuple[tuple[str, Any], ...] = ()
 
 
 # What a competitor published weighs errors by the layer's output; the same with the loss's weights beside it.
 ENTRIES = (
-    Entry("two_level", "two_level", "loss"),
+    Entry("two_level", "two_level", "loss", (*PUBLISHED, "two_sided")),
     Entry("wush", "wush"),
     Entry("hadamard", "hadamard"),
-    Entry("wush, loss", "wush", "loss"),
     Entry("none", "none"),
-    Entry("two_level, budget 0.2", "two_level", "loss", (("budget", 0.2),)),
-    Entry("two_level, orthogonal macro", "two_level", "loss", (("macro", "orthogonal"),)),
-    Entry("two_level, orthogonal only", "two_level", "loss", (("orthogonal_only", True),)),
-    Entry("hadamard, loss", "hadamard", "loss"),
-    Entry("two_level, output", "two_level"),
-    Entry("full_hadamard", "full_hadamard"),
-    Entry("random", "random"),
     Entry("torq", "torq"),
-    Entry("none, loss", "none", "loss"),
+    Entry("full_hadamard", "full_hadamard"),
+    Entry("wush, loss", "wush", "loss", (*SHORT, "two_sided")),
+    Entry("two_level, orthogonal only", "two_level", "loss", OURS, (("orthogonal_only", True),)),
+    Entry("hadamard, loss", "hadamard", "loss", ("gptq", "two_sided")),
+    Entry("two_level, output", "two_level", "output", SHORT),
+    Entry("two_level, orthogonal macro", "two_level", "loss", OURS, (("macro", "orthogonal"),)),
+    Entry("two_level, budget 0.2", "two_level", "loss", OURS, (("budget", 0.2),)),
+    Entry("random", "random", "output", SHORT),
+    Entry("none, loss", "none", "loss", ("gptq", "two_sided")),
 )
 
 
@@ -93,6 +107,7 @@ def gather(source: Source, tokens: np.ndarray, folder: Path, shown: LayerProgres
         folder / "sensitivity",
         seed=0,
         progress=shown,
+        outputs=True,
     )
     table = source.read(names.outer_tensors(source.config)["embed"])
     stream = [table[row][None].astype(np.float32) for row in tokens]
@@ -112,6 +127,7 @@ def gather(source: Source, tokens: np.ndarray, folder: Path, shown: LayerProgres
                 output=own.second,
                 loss=by_loss[site].second,
                 gain=measured.gain(layer, site),
+                **{f"outputs_{name}": moment for name, moment in measured.outputs(layer, site).items()},
             )
         shown.advance()
     shutil.rmtree(measured.folder)  # each site's file has its gain
@@ -132,6 +148,12 @@ def load(
             gain,
             sum(source.config.site_out_features(site).values()),
         )
+
+
+def load_outputs(folder: Path, layer: int, site: str) -> dict[str, np.ndarray]:
+    """Moments of the gradients at the outputs of a site's weights."""
+    with np.load(folder / f"{layer}.{site}.npz", allow_pickle=False) as stored:
+        return {name: stored[f"outputs_{name}"] for name in SITE_WEIGHTS[site]}
 
 
 def run_entry(
@@ -159,7 +181,13 @@ def run_entry(
         for site in SITES if entry else ():
             found = load(folder, source, layer, site, entry.sensitivity, parameters[site])
             solved = pipeline.solve_site(
-                site, found, parameters[site], settings, entry.method, second="gptq" in modes
+                site,
+                found,
+                parameters[site],
+                settings,
+                entry.method,
+                second=bool({"gptq", "two_sided"} & set(modes)),
+                outputs=load_outputs(folder, layer, site) if "two_sided" in modes else None,
             )
             solving += solved.seconds
             for mode in modes:
@@ -234,15 +262,16 @@ def print_table(result: dict[str, Any], count: int) -> None:
 
 
 def draw(result: dict[str, Any], count: int, path: Path) -> None:
-    """Bars of every row with GPTQ and of A4 alone, both texts."""
+    """Bars of every row with GPTQ, with its two-sided form and of A4 alone, both texts."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     base = result["float"]["losses"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.42 * len(result["rows"]) + 1.8), sharey=True)
-    for axis, mode in zip(axes, ("a4", "gptq"), strict=True):
+    drawn = ("a4", "gptq", "two_sided")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 0.42 * len(result["rows"]) + 1.8), sharey=True)
+    for axis, mode in zip(axes, drawn, strict=True):
         rows = [n for n, modes in result["rows"].items() if mode in modes]
         for i, text in enumerate(TEXTS):
             part = slice(i * count, (i + 1) * count)
@@ -326,7 +355,8 @@ def main() -> int:
     for entry in ENTRIES:
         if options.rows and entry.name not in options.rows:
             continue
-        missing = [m for m in options.modes if m not in result["rows"].get(entry.name, {})]
+        own_modes = [m for m in options.modes if m in entry.modes]
+        missing = [m for m in own_modes if m not in result["rows"].get(entry.name, {})]
         if not missing:
             continue
         own = dataclasses.replace(settings, method=entry.method, options=entry.options)
