@@ -96,6 +96,22 @@ def parser() -> argparse.ArgumentParser:
         help="what errors are weighed by: the loss (a pass back through the model) or the layer's own output",
     )
     p.add_argument(
+        "--target",
+        default="exact",
+        choices=pipeline.TARGETS,
+        help="what rounded weights aim at: their own values, or those that read rounded activations best",
+    )
+    p.add_argument(
+        "--mean-correction",
+        action="store_true",
+        help="biases that take the mean rounding error of each output away",
+    )
+    p.add_argument(
+        "--prescale",
+        action="store_true",
+        help="a free factor for each block that suits the activations' cast",
+    )
+    p.add_argument(
         "--calibration",
         metavar="|".join((*calibration.NAMED, "FILE")),
         help=f"text to calibrate on (default: {DEFAULTS['calibration']}; with --demo: bundled)",
@@ -155,6 +171,9 @@ def run(options: argparse.Namespace, console: Console) -> None:
         damping=options.damping,
         order=options.order,
         sensitivity=options.sensitivity,
+        prescale=options.prescale,
+        target=options.target,
+        mean_correction=options.mean_correction,
         compare=_split(options.compare),
         modes=modes,
     )

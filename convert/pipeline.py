@@ -28,7 +28,7 @@ from convert import gradients, names, report, streams
 from convert.calibration import Calibration
 from convert.progress import LayerProgress
 from convert.sources import Source
-from torq_jax import checkpoint, decoder, evaluate, mxfp4, rotation, rounding, solvers, statistics
+from torq_jax import checkpoint, decoder, evaluate, mxfp4, prescale, rotation, rounding, solvers, statistics
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
 from torq_jax.decoder import SiteFormat
 from torq_jax.errors import ConversionError, TorqError
@@ -48,6 +48,9 @@ as the loss's gradients at the outputs say that they can."""
 
 SENSITIVITIES = ("loss", "output")
 """What errors can be weighed by."""
+
+TARGETS = ("exact", "rounded")
+"""What rounded weights can aim at."""
 
 _DIAGNOSTIC_TOKENS = 256
 
@@ -75,6 +78,13 @@ class Settings:
     sensitivity: str = "loss"
     """What errors are weighed by where a method or GPTQ weighs them: ``"loss"``, by how much the loss reacts to
     them (:mod:`torq_jax.sensitivity`), or ``"output"``, by the error of the layer's own output."""
+    prescale: bool = False
+    """Whether a factor for each block is sought that suits the cast (:mod:`torq_jax.prescale`)."""
+    target: str = "exact"
+    """What rounded weights aim at: ``"exact"``, their own values, or ``"rounded"``, those that read rounded
+    activations best (:func:`torq_jax.rounding.correct`), under the second moment of the rounded activations."""
+    mean_correction: bool = False
+    """Whether a bias takes the mean error away that rounding leaves at each output on the calibration text."""
     compare: tuple[str, ...] = ("none",)
     """Methods evaluated beside the chosen one, with their rounding where it is another: ``"hadamard+gptq"``."""
     modes: tuple[str, ...] = ()
@@ -131,8 +141,17 @@ class SolvedSite:
     """Second moment of the rotated activations, float64; for GPTQ."""
     outputs: Mapping[str, np.ndarray] | None = None
     """Moments of the gradients at each weight's output; for two-sided rounding."""
+    target: Mapping[str, np.ndarray] | None = None
+    """What is rounded in place of ``folded``, where that is something else."""
+    means: tuple[np.ndarray, np.ndarray] | None = None
+    """Means of the rotated activations, before and after rounding; for the correction of the mean error."""
     packed: dict[str, dict[str, mxfp4.MXFP4Array]] = dataclasses.field(default_factory=dict)
     """Rounded weights, by rounding and name."""
+
+    @property
+    def aims(self) -> Mapping[str, np.ndarray]:
+        """The weights to be rounded."""
+        return self.folded if self.target is None else self.target
 
 
 def compared(settings: Settings) -> list[tuple[str, str]]:
@@ -258,6 +277,15 @@ def check(config: DecoderConfig, settings: Settings) -> None:
         raise ConversionError(
             "rounding 'two_sided' needs gradients of the loss: pass --sensitivity loss, or --rounding gptq"
         )
+    if settings.target not in TARGETS:
+        raise ConversionError(f"unknown target {settings.target!r}: must be one of {', '.join(TARGETS)}")
+    if second_pass(settings) and settings.activations != "mxfp4":
+        raise ConversionError(
+            f"target {settings.target!r}, mean correction {settings.mean_correction}: activations are not rounded, "
+            "so nothing is there to make up for: leave both out, or pass --activations mxfp4"
+        )
+    if settings.prescale and settings.method == "none":
+        raise ConversionError("prescale needs a method that runs a matrix inside blocks: 'none' runs nothing")
     if settings.seed < 0:
         raise ConversionError(f"seed {settings.seed} must not be negative")
     for rule in (settings.weight_scale, settings.activation_scale):
@@ -338,7 +366,10 @@ def solve_site(
     options = method_options(method, settings)
     solution = solvers.solve(method, gathered, seed=settings.seed, **options)
     seconds = time.monotonic() - start
-    found = solution.rotation
+    found, report = solution.rotation, dict(solution.report)
+    if settings.prescale and found.intra is not None and method == settings.method:
+        scaled = prescale.prescale(found, gathered, settings.activation_scale)  # type: ignore[arg-type]
+        found, report["prescale_gain_db"] = scaled.rotation, scaled.gain_db
     rotates = found.inter is not None or found.intra is not None
     transform = rotation.astype(found, jnp.bfloat16) if rotates else None
     folded = {}
@@ -358,7 +389,49 @@ def solve_site(
             half = rotation.rotate_host(moment, transform)
             moment = rotation.rotate_host(np.ascontiguousarray(half.T), transform)
             moment = (moment + moment.T) / 2  # the two products round apart
-    return SolvedSite(transform, folded, dict(solution.report), seconds, moment, outputs)
+    return SolvedSite(transform, folded, report, seconds, moment, outputs)
+
+
+def second_pass(settings: Settings) -> bool:
+    """Whether a layer's calibration activations are needed once more when its sites are solved."""
+    return settings.target == "rounded" or settings.mean_correction
+
+
+def gather_rounded(
+    graph: Any,
+    config: DecoderConfig,
+    parameters: Any,
+    stream: streams.Stream,
+    transforms: Mapping[str, TwoLevelRotation | None],
+    rule: Any,
+    weights: Mapping[str, np.ndarray] | None,
+) -> dict[str, statistics.RoundedStatistics]:
+    """What rounding does to the activations of each site of a layer; ``stream`` has what enters the layer."""
+    found: dict[str, statistics.RoundedStatistics] = {}
+    for i, x in enumerate(stream):
+        _, taps = run_tapped(graph, config, parameters, x)
+        for site, activation in taps.items():
+            flat = activation.reshape(-1, activation.shape[-1])
+            own = None if weights is None else weights[site][i]
+            one = statistics.gather_rounded(flat, transforms[site], rule, weights=own)
+            found[site] = statistics.add_rounded(found[site], one) if site in found else one
+    return found
+
+
+def aim(solved: SolvedSite, rounded: statistics.RoundedStatistics, settings: Settings) -> SolvedSite:
+    """The site with weights that make up for what rounding does to its activations, as the settings say."""
+    if settings.mean_correction:
+        solved = dataclasses.replace(solved, means=(rounded.exact, rounded.rounded), packed={})
+    if settings.target == "rounded":
+        target = {
+            name: rounding.correct(weight, rounded.cross, rounded.second, damping=settings.damping).astype(
+                np.float32
+            )
+            for name, weight in solved.folded.items()
+        }
+        second = None if solved.second is None else rounded.second.astype(np.float64)
+        solved = dataclasses.replace(solved, target=target, second=second, packed={})
+    return solved
 
 
 def round_weights(solved: SolvedSite, settings: Settings, rounded: str) -> dict[str, mxfp4.MXFP4Array]:
@@ -374,7 +447,7 @@ def round_weights(solved: SolvedSite, settings: Settings, rounded: str) -> dict[
                 )
             order: Any = settings.order
             factorised = rounding.factorise(solved.second, damping=settings.damping, order=order)
-        for name, folded in solved.folded.items():
+        for name, folded in solved.aims.items():
             if factorised is not None:
                 outputs = solved.outputs[name] if rounded == "two_sided" and solved.outputs else None
                 found = rounding.gptq_factorised(jnp.asarray(folded), factorised, rule, outputs=outputs)
@@ -404,18 +477,26 @@ def store_site(
         activation_scale=settings.activation_scale if variant.activations == "mxfp4" else None,  # type: ignore[arg-type]
         inter=None if transform is None or transform.inter is None else tuple(transform.inter.shape),
         intra=None if transform is None or transform.intra is None else tuple(transform.intra.shape),
+        corrected=solved.means is not None,
     )
     values: dict[str, Any] = {k: v for k, v in weights.items() if k.endswith("_bias")}
     for level in ("inter", "intra"):
         if getattr(form, level) is not None:
             values[level] = np.asarray(getattr(transform, level))
-    for name, folded in solved.folded.items():
+    for name, folded in solved.aims.items():
         if packed:
             q = round_weights(solved, settings, variant.rounding)[name]
             values[f"{name}_codes"], values[f"{name}_scales"] = np.asarray(q.codes), np.asarray(q.scales)
         else:
             size = form.stored_features(config.site_in_features(site))
             values[name] = folded[:, :size].astype(float_dtype)
+        if form.corrected and solved.means is not None:
+            exact, read = solved.means
+            stored = mxfp4.dequantize(q) if packed else values[name]
+            stored = np.pad(np.asarray(stored, np.float32), ((0, 0), (0, len(read) - stored.shape[1])))
+            error = stored @ read - solved.folded[name] @ exact
+            bias = np.asarray(values.get(f"{name}_bias", np.float32(0)), np.float32)
+            values[f"{name}_bias"] = (bias - error).astype(np.float32)
     return form, values
 
 
@@ -521,6 +602,7 @@ class _Run:
             formats: dict[Variant, dict[str, SiteFormat]] = {v: {} for v in rows}
             shard: dict[str, Any] = dict(shared)
             roundings = {v.rounding for v in written}
+            sites: dict[str, SolvedSite] = {}
             for site in SITES:
                 with self.timed("solving"):
                     outputs = None
@@ -536,6 +618,12 @@ class _Run:
                         outputs=outputs,
                     )
                     self.solver_seconds[method] = self.solver_seconds.get(method, 0.0) + solved.seconds
+                    sites[site] = solved
+            if method == self.settings.method and second_pass(self.settings):
+                progress.stage("rounded statistics")
+                with self.timed("rounded statistics"):
+                    sites = self.look_again(graph, parameters, index, sites)
+            for site, solved in sites.items():
                 with self.timed("rounding"):
                     stored = {
                         v: store_site(
@@ -594,6 +682,7 @@ class _Run:
             [weights],
             moments=self.moments,
             seed=self.settings.seed,
+            move=not second_pass(self.settings),
         )
         for site, found in gathered.items():
             gain = None
@@ -602,6 +691,24 @@ class _Run:
             outputs = sum(self.config.site_out_features(site).values())
             gathered[site] = dataclasses.replace(found, gain=gain, outputs=outputs)
         return gathered
+
+    def look_again(
+        self, graph: Any, parameters: Any, index: int, sites: Mapping[str, SolvedSite]
+    ) -> dict[str, SolvedSite]:
+        """The solved sites, made to make up for what rounding does to their activations; the stream then moves on."""
+        measured = self.sensitivity
+        found = gather_rounded(
+            graph,
+            self.config,
+            parameters,
+            self.stream,
+            {site: solved.transform for site, solved in sites.items()},
+            self.settings.activation_scale,
+            None if measured is None else {s: measured.weights(index, s) for s in SITES},
+        )
+        for i, x in enumerate(self.stream):
+            self.stream[i] = _finite(run_layer(graph, self.config, parameters, x), index)
+        return {site: aim(solved, found[site], self.settings) for site, solved in sites.items()}
 
     def measure_sensitivity(self, folder: Path, progress: LayerProgress) -> None:
         """The pass back through the source, whose findings the statistics of every layer then use."""
@@ -852,16 +959,20 @@ def gather_layer(
     *,
     moments: statistics.Moments,
     seed: int,
+    move: bool = True,
 ) -> list[dict[str, SiteStatistics]]:
     """Statistics of every site of layer ``index``, once under each weighting; the stream moves on to the next layer.
 
-    A weighting has ``[sequences, t]`` for every site, or is None: see :func:`torq_jax.statistics.gather`.
+    Unless ``move`` is false: a second look at the same activations needs it where it is. A weighting has
+    ``[sequences, t]`` for every site, or is None: see :func:`torq_jax.statistics.gather`.
     """
     each = -(-SAMPLE_TOKENS // len(stream))
     gathered: list[dict[str, SiteStatistics]] = [{} for _ in weightings]
     for i, x in enumerate(stream):
         y, taps = run_tapped(graph, config, parameters, x)
-        stream[i] = _finite(y, index)
+        y = _finite(y, index)
+        if move:
+            stream[i] = y
         for site, activation in taps.items():
             flat = activation.reshape(-1, activation.shape[-1])
             for weights, found in zip(weightings, gathered, strict=True):

@@ -18,7 +18,7 @@ import torq_jax
 from convert import pipeline, streams
 from convert.__main__ import default_name, main
 from tests.test_decoder import GOLDENS, golden_model
-from torq_jax import data, evaluate, generate
+from torq_jax import data, evaluate, generate, mxfp4, statistics
 from torq_jax.checkpoint import directory_bytes, read_manifest
 from torq_jax.errors import TorqError
 
@@ -135,6 +135,83 @@ def test_the_default_converts_every_family(name, sensitivity, tmp_path, text):
         for name in ("q", "gate", "down"):
             if f"{name}_error_{rounded}" in site["solver"]:
                 assert site["solver"][f"{name}_error_{rounded}"] <= site["solver"][f"{name}_error_nearest"]
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3-tied"])
+def test_what_makes_up_for_rounded_activations(name, tmp_path, text):
+    options = ["--method", "two_level", "--rounding", "gptq", "--mean-correction", "--target", "rounded"]
+    options += [
+        "--prescale",
+        "--evaluate",
+        str(text),
+        "--window",
+        "64",
+        "--windows",
+        "2",
+        "--modes",
+        "w4a4,a4",
+    ]
+    assert convert(name, tmp_path / "out", *options) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    rows = {row["label"]: row["perplexity"] for row in report["evaluation"]["rows"]}
+    assert all(site["solver"]["prescale_gain_db"] >= 0 for site in report["sites"])
+    model, tokenizer, manifest = torq_jax.load(tmp_path / "out")
+    assert all(form["corrected"] for form in manifest["sites"].values())
+    assert model.layers.mlp_out.down_bias[...].shape[0] == model.config.num_layers
+    tokens, _ = evaluate.read_windows(tokenizer, text, window=64, windows=2, joined="raw")
+    found = np.exp(evaluate.window_losses(model, tokens).mean())
+    # Layer by layer and in one scan: a value on a rounding boundary may fall either way.
+    assert found == pytest.approx(rows["two_level + GPTQ W4A4"], rel=2e-2)
+
+
+def test_the_mean_error_vanishes_on_the_calibration_text():
+    rng = np.random.default_rng(0)
+    x = np.abs(rng.standard_normal((200, 64))).astype(np.float32)  # far from mean zero: rounding shifts it
+    weight = rng.standard_normal((8, 64)).astype(np.float32)
+    settings = pipeline.Settings("none", mean_correction=True)
+    gathered = statistics.gather(jnp.asarray(x), moments="full")
+    solved = pipeline.solve_site("attn_out", gathered, {"o": weight}, settings, "none", second=True)
+    rounded = statistics.gather_rounded(jnp.asarray(x), None, "even")
+    solved = pipeline.aim(solved, rounded, settings)
+    config = golden_model("llama3").config
+    variant = pipeline.chosen_variant(settings)
+    form, values = pipeline.store_site(
+        config, np.float32, "attn_out", solved, {"o": weight}, settings, variant
+    )
+    assert form.corrected
+    stored = mxfp4.dequantize(solved.packed["nearest"]["o"])
+    kept = np.asarray(mxfp4.quantize_dequantize(jnp.asarray(x), "even"))
+    error = kept @ np.asarray(stored).T + values["o_bias"] - x @ weight.T
+    share = 1 / (x**2).mean(axis=1)
+    np.testing.assert_allclose(share @ error / share.sum(), 0, atol=1e-5)
+    assert np.abs(values["o_bias"]).max() > 1e-3
+
+
+def test_rounded_targets_lower_the_error_that_they_aim_at():
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((64, 64)) / 8 + np.eye(64)
+    x = (rng.standard_normal((4000, 64)) @ mix).astype(np.float32)
+    weight = rng.standard_normal((16, 64)).astype(np.float32)
+    kept = np.asarray(mxfp4.quantize_dequantize(jnp.asarray(x), "even"), np.float64)
+    costs = []
+    for target in pipeline.TARGETS:
+        settings = pipeline.Settings("none", target=target, rounding="gptq", damping=1e-4)
+        gathered = statistics.gather(jnp.asarray(x), moments="full")
+        solved = pipeline.solve_site("attn_out", gathered, {"o": weight}, settings, "none", second=True)
+        if target == "rounded":
+            rounded = statistics.gather_rounded(jnp.asarray(x), None, "even")
+            solved = pipeline.aim(solved, rounded, settings)
+        q = pipeline.round_weights(solved, settings, "gptq")["o"]
+        error = (kept @ np.asarray(mxfp4.dequantize(q), np.float64).T - x @ weight.T) ** 2
+        costs.append((error.sum(axis=1) / (x.astype(np.float64) ** 2).mean(axis=1)).sum())
+    assert costs[1] < costs[0]
+
+
+def test_making_up_for_activations_that_are_not_rounded_is_refused(tmp_path, capsys):
+    options = ["--hf", GOLDENS / "llama3", "--out", tmp_path / "out", *SMALL, "--activations", "bf16"]
+    assert "nothing is there to make up for" in error_of(capsys, *options, "--target", "rounded")
+    assert "nothing is there to make up for" in error_of(capsys, *options, "--mean-correction")
+    assert "runs nothing" in error_of(capsys, *options, "--method", "none", "--prescale")
 
 
 def test_two_sided_rounding_without_gradients_is_refused(tmp_path, capsys):

@@ -7,6 +7,9 @@ import pytest
 
 from torq_jax import statistics
 from torq_jax.errors import TorqError
+from torq_jax.matmul import prepare
+from torq_jax.rotation import TwoLevelRotation
+from torq_jax.solvers.hadamard import hadamard_matrix
 
 
 def direct(x):
@@ -99,3 +102,35 @@ def test_the_full_moment_of_normalised_tokens_holds_inter():
 def test_weights_must_be_finite_and_not_negative(bad):
     with pytest.raises(TorqError, match="must be finite, none negative"):
         statistics.gather(jnp.ones((3, 32)), moments="full", weights=jnp.array([1.0, bad, 1.0]))
+
+
+def test_rounded_statistics_are_means_under_the_weights_and_add_up():
+    x = jax.random.normal(jax.random.key(5), (50, 64)) * 3
+    weights = np.random.default_rng(0).uniform(0, 2, 50).astype(np.float32)
+    turn = TwoLevelRotation(None, jnp.asarray(hadamard_matrix(), jnp.float32), 64)
+    halves = [
+        statistics.gather_rounded(x[a:b], turn, "even", weights=weights[a:b]) for a, b in ((0, 20), (20, 50))
+    ]
+    found = statistics.add_rounded(*halves)
+    exact = np.asarray(prepare(x, turn, None), np.float64)
+    rounded = np.asarray(prepare(x, turn, "even"), np.float64)
+    share = weights / weights.sum()
+    assert found.weight == pytest.approx(weights.sum(), rel=1e-6)
+    for name, expected in {
+        "cross": exact.T @ (rounded * share[:, None]),
+        "second": rounded.T @ (rounded * share[:, None]),
+        "exact": share @ exact,
+        "rounded": share @ rounded,
+    }.items():
+        np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rounded_statistics_weigh_tokens_alike_unless_told_otherwise():
+    x = np.random.default_rng(1).standard_normal((40, 32)).astype(np.float32)
+    x[0] *= 512  # a power of two: rounds as before, and must not count for more
+    small = x.copy()
+    small[0] /= 512
+    a, b = (statistics.gather_rounded(jnp.asarray(v), None, "even") for v in (x, small))
+    np.testing.assert_allclose(a.cross * a.weight, b.cross * b.weight, rtol=1e-4, atol=1e-4)
+    with pytest.raises(TorqError, match="NaN or an infinity"):
+        statistics.gather_rounded(jnp.full((3, 32), jnp.nan), None, "even")

@@ -50,6 +50,8 @@ class SiteFormat:
     """Shape of the rotation's inter-block part."""
     intra: tuple[int, ...] | None = None
     """Shape of its intra-block part."""
+    corrected: bool = False
+    """Whether every linear layer has a bias that takes the mean rounding error away, its own bias included."""
 
     @property
     def rotated(self) -> bool:
@@ -113,7 +115,7 @@ class Site(nnx.Module):
                 setattr(self, f"{name}_scales", nnx.Param(init.codes((out, features // BLOCK))))
             else:
                 setattr(self, name, nnx.Param(init.weight((out, features))))
-            if config.site_has_bias(site):
+            if config.site_has_bias(site) or form.corrected:
                 setattr(self, f"{name}_bias", nnx.Param(init.constant(0.0, (out,))))
 
     def __call__(self, x: Float[Array, "b t i"], tap: Tap | None = None) -> list[Float[Array, "b t o"]]:

@@ -18,7 +18,9 @@ import numpy as np
 from jaxtyping import Array, Float, Float64
 
 from torq_jax.errors import TorqError
-from torq_jax.mxfp4 import BLOCK, padded_size
+from torq_jax.matmul import prepare
+from torq_jax.mxfp4 import BLOCK, ScaleRule, padded_size
+from torq_jax.rotation import TwoLevelRotation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +43,33 @@ class SiteStatistics:
     or ``W^T W``, the error of the output. None where unknown. Its scale has no meaning."""
     outputs: int | None = None
     """Rows of all the weights that the site feeds: what an online part's cost is measured against."""
+    sizes: Float[np.ndarray, " n"] | None = None
+    """Root mean square of each sampled token before it was normalised; None where it was not kept."""
 
 
 jax.tree_util.register_dataclass(
-    SiteStatistics, ["tokens", "inter", "samples", "second", "gain"], ["outputs"]
+    SiteStatistics, ["tokens", "inter", "samples", "second", "gain", "sizes"], ["outputs"]
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundedStatistics:
+    """What rounding does to a site's activations x once they are rotated: means over tokens, each with its weight.
+
+    Two of them add up with :func:`add_rounded`.
+    """
+
+    weight: float
+    """Sum of the tokens' weights."""
+    cross: Float[np.ndarray, "d d"]
+    """``E[x^T x_q]``."""
+    second: Float[np.ndarray, "d d"]
+    """``E[x_q^T x_q]``."""
+    exact: Float[np.ndarray, " d"]
+    """``E[x]``."""
+    rounded: Float[np.ndarray, " d"]
+    """``E[x_q]``."""
+
 
 Moments = Literal["none", "inter", "full"]
 """What :func:`gather` gathers beside samples: nothing, ``inter``, or ``inter`` and ``second``."""
@@ -88,7 +112,7 @@ def gather(
             raise TorqError(
                 f"weights of shape {weights.shape} for {count} tokens: must be finite, none negative"
             )
-    tokens, inter, second, kept = _gather(jnp.asarray(x), jnp.asarray(rows), weights, moments)
+    tokens, inter, second, kept, sizes = _gather(jnp.asarray(x), jnp.asarray(rows), weights, moments)
     if not np.isfinite(tokens):
         raise TorqError("activations hold a NaN or an infinity: calibration would be meaningless")
     total = float(tokens)
@@ -97,6 +121,7 @@ def gather(
         np.asarray(inter, np.float64) / max(total, 1.0),
         np.asarray(kept),
         None if second is None else np.asarray(second) / np.float32(max(total, 1.0)),
+        sizes=np.asarray(sizes),
     )
 
 
@@ -115,7 +140,58 @@ def add(a: SiteStatistics, b: SiteStatistics) -> SiteStatistics:
         mean(a.second, b.second),
         mean(a.gain, b.gain),
         a.outputs if a.outputs == b.outputs else None,
+        None if a.sizes is None or b.sizes is None else np.concatenate([a.sizes, b.sizes]),
     )
+
+
+def gather_rounded(
+    x: Float[Array, "tokens features"],
+    transform: TwoLevelRotation | None,
+    activation_scale: ScaleRule,
+    *,
+    weights: Float[Array, " tokens"] | None = None,
+) -> RoundedStatistics:
+    """What rounding does to one batch of activations.
+
+    Args:
+      x: activations before the rotation, any float dtype; padded as :func:`torq_jax.matmul.prepare` does.
+      transform: the site's rotation as it runs.
+      activation_scale: scale rule of the cast.
+      weights: of each token; None weighs a token by the inverse of its mean square, as :func:`gather` does.
+
+    Raises:
+      TorqError: activations that are not finite, or sizes that do not fit.
+    """
+    weight, *means = _gather_rounded(x, transform, activation_scale, weights)
+    total = float(weight)
+    if not np.isfinite(total) or not np.isfinite(np.asarray(means[-1])).all():
+        raise TorqError("activations hold a NaN or an infinity: calibration would be meaningless")
+    return RoundedStatistics(total, *(np.asarray(m) / np.float32(max(total, 1e-30)) for m in means))
+
+
+def add_rounded(a: RoundedStatistics, b: RoundedStatistics) -> RoundedStatistics:
+    """Statistics of both streams together."""
+    weight = a.weight + b.weight
+    share = np.float32(b.weight / weight if weight else 0.0)
+    pairs = ((getattr(a, k), getattr(b, k)) for k in ("cross", "second", "exact", "rounded"))
+    return RoundedStatistics(weight, *(x + (y - x) * share for x, y in pairs))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _gather_rounded(
+    x: Array, transform: TwoLevelRotation | None, activation_scale: ScaleRule, weights: Array | None
+) -> tuple[Array, ...]:
+    x = x.astype(jnp.float32)
+    if weights is None:
+        power = jnp.mean(x * x, axis=-1)
+        weights = jnp.where(power > 0, 1 / jnp.where(power > 0, power, 1.0), 0.0)
+    exact = prepare(x, transform, None)
+    rounded = prepare(x, transform, activation_scale)
+    exact = jnp.pad(exact, ((0, 0), (0, rounded.shape[1] - exact.shape[1])))
+    high = jax.lax.Precision.HIGHEST
+    weighed = rounded * weights[:, None]
+    moments = (jnp.einsum("tc,td->cd", a, weighed, precision=high) for a in (exact, rounded))
+    return jnp.sum(weights), *moments, weights @ exact, weights @ rounded
 
 
 def output_gain(weights: Float[np.ndarray, "outputs features"]) -> Float[np.ndarray, "d d"]:
@@ -135,7 +211,7 @@ def normalise_tokens(x: Float[Array, "tokens d"]) -> Float[Array, "tokens d"]:
 @functools.partial(jax.jit, static_argnums=3)
 def _gather(
     x: Array, rows: Array, weights: Array | None, moments: Moments
-) -> tuple[Array, Array, Array | None, Array]:
+) -> tuple[Array, Array, Array | None, Array, Array]:
     raw = jnp.pad(x, ((0, 0), (0, padded_size(x.shape[1]) - x.shape[1]))).astype(jnp.float32)
     x = normalise_tokens(raw)
     # A NaN anywhere makes the count NaN, which the caller reports.
@@ -152,4 +228,5 @@ def _gather(
     else:
         by_position = x.reshape(x.shape[0], blocks, BLOCK)
         inter = jnp.einsum("tbk,tck->kbc", by_position, by_position, precision=jax.lax.Precision.HIGHEST)
-    return tokens, inter, second, x[rows]
+    sizes = jnp.sqrt(jnp.mean(raw[rows] ** 2, axis=-1))
+    return tokens, inter, second, x[rows], sizes
