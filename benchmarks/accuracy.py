@@ -19,9 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import nvfp4
 from benchmarks.machine import describe
 from convert import gradients, names, pipeline, sources
 from convert.progress import LayerProgress, progress
@@ -61,6 +63,16 @@ class Entry:
     sensitivity: str = "output"
     modes: tuple[str, ...] = PUBLISHED
     options: tuple[tuple[str, Any], ...] = ()
+    more: tuple[tuple[str, Any], ...] = ()
+    """Settings of the conversion that are not the default's."""
+    nvfp4: bool = False
+    """Another format, for reference: NVFP4 in place of MXFP4."""
+
+    def settings(self) -> pipeline.Settings:
+        """What a conversion of this row is given."""
+        return pipeline.Settings(
+            method=self.method, options=self.options, sensitivity=self.sensitivity, **dict(self.more)
+        )
 
 
 # What a competitor published weighs errors by the layer's output; the same with the loss's weights beside it.
@@ -77,8 +89,12 @@ ENTRIES = (
     Entry("two_level, output", "two_level", "output", SHORT),
     Entry("two_level, orthogonal macro", "two_level", "loss", OURS, (("macro", "orthogonal"),)),
     Entry("two_level, budget 0.2", "two_level", "loss", OURS, (("budget", 0.2),)),
+    Entry("two_level, prescale", "two_level", "loss", OURS, more=(("prescale", True),)),
+    Entry("two_level, mean correction", "two_level", "loss", OURS, more=(("mean_correction", True),)),
+    Entry("two_level, rounded target", "two_level", "loss", OURS, more=(("target", "rounded"),)),
     Entry("random", "random", "output", SHORT),
     Entry("none, loss", "none", "loss", ("gptq", "two_sided")),
+    Entry("NVFP4", "none", nvfp4=True),
 )
 
 
@@ -127,6 +143,8 @@ def gather(source: Source, tokens: np.ndarray, folder: Path, shown: LayerProgres
                 output=own.second,
                 loss=by_loss[site].second,
                 gain=measured.gain(layer, site),
+                sizes=own.sizes,
+                weights=weights[site],
                 **{f"outputs_{name}": moment for name, moment in measured.outputs(layer, site).items()},
             )
         shown.advance()
@@ -147,7 +165,14 @@ def load(
             stored[sensitivity],
             gain,
             sum(source.config.site_out_features(site).values()),
+            stored["sizes"],
         )
+
+
+def load_weights(folder: Path, layer: int, site: str) -> np.ndarray:
+    """How much each calibration token counts at a site."""
+    with np.load(folder / f"{layer}.{site}.npz", allow_pickle=False) as stored:
+        return stored["weights"]
 
 
 def load_outputs(folder: Path, layer: int, site: str) -> dict[str, np.ndarray]:
@@ -156,13 +181,101 @@ def load_outputs(folder: Path, layer: int, site: str) -> dict[str, np.ndarray]:
         return {name: stored[f"outputs_{name}"] for name in SITE_WEIGHTS[site]}
 
 
+Layers = dict[str, dict[str, Any]]
+"""A layer's parameters in each mode."""
+
+
+def quantise_layer(
+    entry: Entry,
+    modes: list[str],
+    source: Source,
+    folder: Path,
+    layer: int,
+    parameters: dict[str, Any],
+    calibration: list[np.ndarray] | None = None,
+) -> tuple[Layers, dict[str, decoder.Formats], list[dict[str, Any]]]:
+    """A layer in each mode, its weights decoded, with its formats; and what solver and clock say of each site.
+
+    ``calibration`` has what enters the layer, where the entry's settings want to look again.
+    """
+    config, settings = source.config, entry.settings()
+    begun, sites, reports = time.monotonic(), {}, []
+    for site in SITES:
+        found = load(folder, source, layer, site, entry.sensitivity, parameters[site])
+        sites[site] = pipeline.solve_site(
+            site,
+            found,
+            parameters[site],
+            settings,
+            entry.method,
+            second=bool({"gptq", "two_sided"} & set(modes)),
+            outputs=load_outputs(folder, layer, site) if "two_sided" in modes else None,
+        )
+    if calibration is not None:
+        graph, _ = decoder.make_layer(config)
+        weights = None
+        if entry.sensitivity == "loss":
+            weights = {site: load_weights(folder, layer, site) for site in SITES}
+        rounded = pipeline.gather_rounded(
+            graph,
+            config,
+            parameters,
+            calibration,
+            {site: solved.transform for site, solved in sites.items()},
+            settings.activation_scale,
+            weights,
+        )
+        sites = {site: pipeline.aim(solved, rounded[site], settings) for site, solved in sites.items()}
+    solved_at = time.monotonic()
+    layers: Layers = {m: {k: v for k, v in parameters.items() if k not in SITES} for m in modes}
+    formats: dict[str, dict[str, decoder.SiteFormat]] = {m: {} for m in modes}
+    for site, solved in sites.items():
+        for mode in modes:
+            weights_format, rounding = MODES[mode]
+            row = pipeline.variant(entry.method, weights_format, "mxfp4", rounding)
+            form, values = pipeline.store_site(
+                config, source.float_dtype, site, solved, parameters[site], settings, row
+            )
+            formats[mode][site] = form.decoded()
+            layers[mode][site] = checkpoint.decode_site(values, config, site, form, jnp.bfloat16)
+        reports.append({"layer": layer, "site": site, **solved.report})
+    reports[0] |= {"solving": solved_at - begun, "rounding": time.monotonic() - solved_at}
+    return layers, formats, reports
+
+
+def nvfp4_layer(
+    modes: list[str], source: Source, folder: Path, layer: int, parameters: dict[str, Any]
+) -> Layers:
+    """A layer with its weights rounded to NVFP4, in each mode; GPTQ under the activations' second moment."""
+    layers: Layers = {m: {k: v for k, v in parameters.items() if k not in SITES} for m in modes}
+    for site in SITES:
+        found = load(folder, source, layer, site, "output", parameters[site])
+        for mode in modes:
+            values = dict(parameters[site])
+            for name in SITE_WEIGHTS[site]:
+                if mode == "nearest":
+                    values[name] = nvfp4.quantize_dequantize(values[name])
+                elif mode == "gptq":
+                    values[name] = nvfp4.gptq(values[name], found.second)
+            layers[mode][site] = values
+    return layers
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run_nvfp4(graph: Any, config: Any, parameters: Any, x: Any) -> Any:
+    """:func:`convert.pipeline.run_layer` of a float layer with the activations of each site rounded to NVFP4."""
+    rope = decoder.rope_tables(config, jnp.arange(x.shape[1]))
+    tap = lambda name, value: nvfp4.quantize_dequantize(value) if name in SITES else value  # noqa: E731
+    return decoder.merge_layer(graph, parameters)(x, rope, tap=tap)[0]
+
+
 def run_entry(
     entry: Entry | None,
     modes: list[str],
     source: Source,
     folder: Path,
     tokens: np.ndarray,
-    settings: pipeline.Settings,
+    calibration: np.ndarray,
     shown: LayerProgress,
 ) -> dict[str, dict[str, Any]]:
     """Losses of each window in each mode; of the float model when there is no entry."""
@@ -171,47 +284,28 @@ def run_entry(
     table = source.read(outer["embed"])
     stored = table.astype(source.float_dtype) if entry else table
     streams = {m: [stored[row][None].astype(np.float32) for row in tokens] for m in modes}
-    solving, rounding, report = 0.0, 0.0, []
+    again = None
+    if entry and pipeline.second_pass(entry.settings()):
+        again = [table[row][None].astype(np.float32) for row in calibration]
+    plain, _ = decoder.make_layer(config)
+    report: list[dict[str, Any]] = []
     for layer in range(config.num_layers):
         parameters = pipeline.read_layer(source, layer)
-        layers: dict[str, dict[str, Any]] = {
-            m: {k: v for k, v in parameters.items() if k not in SITES} for m in modes
-        }
-        formats: dict[str, dict[str, decoder.SiteFormat]] = {m: {} for m in modes}
-        for site in SITES if entry else ():
-            found = load(folder, source, layer, site, entry.sensitivity, parameters[site])
-            solved = pipeline.solve_site(
-                site,
-                found,
-                parameters[site],
-                settings,
-                entry.method,
-                second=bool({"gptq", "two_sided"} & set(modes)),
-                outputs=load_outputs(folder, layer, site) if "two_sided" in modes else None,
-            )
-            solving += solved.seconds
-            for mode in modes:
-                weights, rounded = MODES[mode]
-                begun = time.monotonic()
-                form, values = pipeline.store_site(
-                    config,
-                    source.float_dtype,
-                    site,
-                    solved,
-                    parameters[site],
-                    settings,
-                    pipeline.variant(entry.method, weights, "mxfp4", rounded),
-                )
-                rounding += time.monotonic() - begun
-                formats[mode][site] = form.decoded()
-                layers[mode][site] = checkpoint.decode_site(values, config, site, form, jnp.bfloat16)
-            report.append({"layer": layer, "site": site, **solved.report})
+        formats: dict[str, decoder.Formats] = {m: decoder.FLOAT for m in modes}
+        run = pipeline.run_layer
+        if entry is None:
+            layers = {m: parameters for m in modes}
+        elif entry.nvfp4:
+            layers, run = nvfp4_layer(modes, source, folder, layer, parameters), run_nvfp4
+        else:
+            layers, formats, found = quantise_layer(entry, modes, source, folder, layer, parameters, again)
+            report += found
         for mode in modes:
-            given = formats[mode] if entry else decoder.FLOAT
-            graph, _ = decoder.make_layer(config, given)
-            values = layers[mode] if entry else parameters
+            graph, _ = decoder.make_layer(config, formats[mode])
             for i, x in enumerate(streams[mode]):
-                streams[mode][i] = np.asarray(pipeline.run_layer(graph, config, values, x))
+                streams[mode][i] = np.asarray(run(graph, config, layers[mode], x))
+        for i, x in enumerate(again or ()):
+            again[i] = np.asarray(pipeline.run_layer(plain, config, parameters, x))  # type: ignore[index]
         shown.advance()
     norm = jnp.asarray(source.read(outer["norm"]).astype(np.float32))
     head = stored if config.tie_embeddings else source.read(outer["lm_head"])
@@ -226,11 +320,11 @@ def run_entry(
         ]
         result[mode] = {
             "losses": np.concatenate(losses).mean(-1, dtype=np.float64).round(6).tolist(),
-            "solver_seconds": round(solving, 1),
-            "rounding_seconds": round(rounding, 1),
+            "solver_seconds": round(sum(r.get("solving", 0.0) for r in report), 1),
+            "rounding_seconds": round(sum(r.get("rounding", 0.0) for r in report), 1),
             "all_modes_seconds": round(time.monotonic() - start, 1),
         }
-        for key in ("macro_gain_db", "block_gain_db", "condition_number", "group"):
+        for key in ("macro_gain_db", "block_gain_db", "condition_number", "group", "prescale_gain_db"):
             if report and key in report[0]:
                 result[mode][key] = {
                     site: float(np.mean([r[key] for r in report if r["site"] == site])) for site in SITES
@@ -339,18 +433,17 @@ def main() -> int:
 
     layers = source.config.num_layers
     folder = options.work / f"{source.name.replace('/', '-')}-{options.calibration}-{options.samples}"
+    files = [options.data / file for file in CALIBRATION[options.calibration]]
+    calibration = windows(tokenizer, files, options.samples, length)
     if not (folder / "done").exists():
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
-        files = [options.data / file for file in CALIBRATION[options.calibration]]
-        tokens = windows(tokenizer, files, options.samples, length)
         begun = time.monotonic()
         with progress(3 * layers, "statistics") as shown:
-            gather(source, tokens, folder, shown)
+            gather(source, calibration, folder, shown)
         result["statistics_seconds"] = round(time.monotonic() - begun, 1)
-    settings = pipeline.Settings()
     if "float" not in result:
         with progress(layers, "float") as shown:
-            result["float"] = run_entry(None, ["a4"], source, folder, evaluated, settings, shown)["a4"]
+            result["float"] = run_entry(None, ["a4"], source, folder, evaluated, calibration, shown)["a4"]
         save()
     for entry in ENTRIES:
         if options.rows and entry.name not in options.rows:
@@ -359,9 +452,8 @@ def main() -> int:
         missing = [m for m in own_modes if m not in result["rows"].get(entry.name, {})]
         if not missing:
             continue
-        own = dataclasses.replace(settings, method=entry.method, options=entry.options)
         with progress(layers, entry.name) as shown:
-            found = run_entry(entry, missing, source, folder, evaluated, own, shown)
+            found = run_entry(entry, missing, source, folder, evaluated, calibration, shown)
         result["rows"].setdefault(entry.name, {}).update(found)
         save()
         print_table(result, options.windows)
