@@ -372,8 +372,17 @@ def read_results(path: str | Path) -> dict[str, TaskResult]:
         raise TorqError(f"results {path} do not exist") from None
     except (OSError, ValueError) as error:
         raise TorqError(f"results {path} cannot be read: {type(error).__name__}: {error}") from error
+    return results_from_json(data, str(path))
+
+
+def results_from_json(data: Any, where: str = "the results") -> dict[str, TaskResult]:
+    """Inverse of :func:`to_json`.
+
+    Raises:
+      TorqError: data of another kind, or damaged; named ``where``.
+    """
     if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
-        raise TorqError(f"{path} does not hold results of this program in version {VERSION}")
+        raise TorqError(f"{where} does not hold results of this program in version {VERSION}")
     try:
         return {
             name: TaskResult(
@@ -391,7 +400,7 @@ def read_results(path: str | Path) -> dict[str, TaskResult]:
             for name, task in data["tasks"].items()
         }
     except (KeyError, TypeError, AttributeError) as error:
-        raise TorqError(f"results {path} are damaged: {type(error).__name__}: {error}") from error
+        raise TorqError(f"results {where} are damaged: {type(error).__name__}: {error}") from error
 
 
 # Command line.
