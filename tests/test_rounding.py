@@ -131,6 +131,23 @@ def test_parts_hold_every_row_once():
     for out in (1, 8, 24, 576, 4096, 4097, 14336, 28672):
         count, size = rounding.output_parts(out)
         assert 0 <= count * size - out < count * rounding.ROWS and size <= 4096 and size % rounding.ROWS == 0
+        rows = rounding.rows_together(size)
+        assert (
+            size % rows == 0 and rows % rounding.ROWS == 0 and size // rows >= min(64, size // rounding.ROWS)
+        )
+
+
+def test_parts_are_rounded_each_for_itself():
+    weight, hessian, _ = problem(rows=32)
+    moments = np.stack([output_moment(16, 1), output_moment(16, 2)])
+    whole = rounding.gptq(weight, hessian, outputs=moments).weight
+    parts = [
+        rounding.gptq(weight[i : i + 16], hessian, outputs=moment).weight
+        for i, moment in zip((0, 16), moments, strict=True)
+    ]
+    # Batched products may round apart: one value on a boundary, and what follows it in its row and the next ones.
+    same = np.asarray(whole.codes) == np.concatenate([p.codes for p in parts])
+    assert same.all(axis=1).sum() >= 30
 
 
 def test_zero_features_and_zero_blocks_stay_zero():

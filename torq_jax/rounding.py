@@ -175,7 +175,7 @@ def gptq_factorised(
 
 
 ROWS = 8
-"""Rows that are rounded together under gradients at the outputs. Fewer make up for a little more, and take longer."""
+"""Fewest rows that are rounded together under gradients at the outputs."""
 
 _LARGEST_PART = 4096
 
@@ -191,26 +191,30 @@ def output_parts(out: int) -> tuple[int, int]:
     return count, -(-size // ROWS) * ROWS
 
 
+def rows_together(size: int) -> int:
+    """How many rows of a part of ``size`` are rounded together, not making up for each other; they divide it.
+
+    Fewer make up for a little more and take longer: features are taken one by one for each lot of rows. From 512 rows
+    up there are 64 lots at least, of eight rows at least.
+    """
+    return max(rows for rows in range(ROWS, max(size // 64, ROWS) + 1, ROWS) if size % rows == 0)
+
+
 def _round_parts(
     weight: Array, second: Factorised, moments: Float[np.ndarray, "n g g"], scales_of: Scales
 ) -> tuple[Array, Array]:
-    """:func:`gptq_core` of each part of the rows, with feedback from row to row."""
+    """:func:`gptq_core` of each part of the rows, with feedback from row to row; all parts at once."""
     count, size = moments.shape[:2]
-    padded = jnp.pad(weight, ((0, count * size - len(weight)), (0, 0)))
-    found = []
-    for part, moment in enumerate(moments):
-        factor = inverse_factor(moment, second.damping)
-        steps = np.arange(size // ROWS)
-        diagonal = factor.reshape(len(steps), ROWS, len(steps), ROWS)[steps, :, steps]
-        inverses = np.linalg.inv(diagonal.astype(np.float64)).astype(np.float32)
-        rows = padded[part * size : (part + 1) * size]
-        found.append(
-            _two_sided_core(
-                rows, second.factor, jnp.asarray(factor), jnp.asarray(inverses), ROWS, BLOCK, scales_of
-            )
-        )
-    elements, scales = (jnp.concatenate(a)[: len(weight)] for a in zip(*found, strict=True))
-    return elements, scales
+    rows = rows_together(size)
+    padded = jnp.pad(weight, ((0, count * size - len(weight)), (0, 0))).reshape(count, size, -1)
+    factors = np.stack([inverse_factor(moment, second.damping) for moment in moments])
+    steps = np.arange(size // rows)
+    diagonal = factors.reshape(count, len(steps), rows, len(steps), rows)[:, steps, :, steps]  # [s, n, r, r]
+    inverses = np.linalg.inv(diagonal.astype(np.float64)).astype(np.float32).swapaxes(0, 1)
+    elements, scales = jax.vmap(_two_sided_core, in_axes=(0, None, 0, 0, None, None, None))(
+        padded, second.factor, jnp.asarray(factors), jnp.asarray(inverses), rows, BLOCK, scales_of
+    )
+    return tuple(a.reshape(count * size, -1)[: len(weight)] for a in (elements, scales))  # type: ignore[return-value]
 
 
 def _checked_outputs(outputs: Any, out: int) -> Float64[np.ndarray, "n g g"]:
