@@ -111,10 +111,13 @@ def main() -> int:
             result[model] = {}
             for name, where in (("as it is", folder), ("planted", Path(scratch) / "planted")):
                 result[model][name] = measure(where, Path(scratch) / f"out-{name.replace(' ', '-')}")
-    table = Table("", *(f"{model}, {name}" for model in MODELS for name in result[model]))
+    table = Table(title="KL(float || quantised), nats per token")
+    table.add_column("", no_wrap=True)
+    for heading in (f"{model}, {name}" for model in MODELS for name in result[model]):
+        table.add_column(heading, justify="right")
     for row in next(iter(result[MODELS[0]].values())):
         table.add_row(row, *(f"{result[m][n][row]:.5f}" for m in MODELS for n in result[m]))
-    Console().print(table)
+    Console(width=110).print(table)
     written = {
         "unit": "KL(float || quantised), nats per token",
         "factor": options.factor,
