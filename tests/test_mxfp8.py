@@ -24,11 +24,10 @@ from tests.test_mxfp4 import (
     heavy_tails,
     neighbours,
     normals,
-    power_of_two,
     special,
     subnormals,
 )
-from torq_jax import mxfp4, mxfp8
+from torq_jax import mxfp4
 from torq_jax.errors import TorqError
 from torq_jax.matmul import dot, matmul, prepare
 from torq_jax.mxfp8 import MXFP8Array, dequantize, quantize, quantize_dequantize
@@ -189,7 +188,7 @@ def test_any_block_equals_oracle_and_stays_when_quantised_twice(rule, x):
 def test_errors():
     with pytest.raises(TorqError, match="unknown scale rule 'mse': must be one of floor, ceil"):
         quantize(np.ones((4, 32), np.float32), "mse")
-    with pytest.raises(TorqError, match="length 40, not a multiple of 32: pass pad=True .* to 64"):
+    with pytest.raises(TorqError, match=r"length 40, not a multiple of 32: pass pad=True .* to 64"):
         quantize_dequantize(np.ones((4, 40), np.float32))
     with pytest.raises(TorqError, match="cannot quantise int8"):
         quantize(np.ones((4, 32), np.int8))

@@ -118,10 +118,10 @@ def dot(
     """``x @ weight.T`` accumulated in float32, in the dtype of ``x``.
 
     With ``rounded`` the activations hold MXFP4 or MXFP8 values. These are exact in bfloat16, and so are a packed
-    weight's: such operands are multiplied in bfloat16, the type that matrix units are made for, and no product changes.
+    weight's: such operands are multiplied in bfloat16, the type that matrix units are made for, and no product
+    changes.
     """
-    packed = isinstance(weight, MXFP4Array | MXFP8Array)
-    narrow = rounded and (packed or weight.dtype == jnp.bfloat16)
+    narrow = rounded and (isinstance(weight, MXFP4Array | MXFP8Array) or weight.dtype == jnp.bfloat16)
     dtype, result = (jnp.dtype(jnp.bfloat16) if narrow else x.dtype), x.dtype
     if isinstance(weight, MXFP4Array):
         weight = mxfp4.dequantize(weight, dtype)

@@ -198,10 +198,10 @@ def _round_to_codes(
     binade = binade - exponent[..., None]
     # Three bits stay behind the leading one, fewer below the smallest normal number. Of 25 bits or more that are
     # dropped, nothing is left to round up.
-    drop = jnp.clip(_MANTISSA - 3 + jnp.maximum(_LEAST - binade, 0), 0, 25)
+    drop = jnp.minimum(_MANTISSA - 3 + jnp.maximum(_LEAST - binade, 0), 25)
     even = (mantissa >> drop) & 1
     rounded = (mantissa + (1 << (drop - 1)) - 1 + even) >> drop
-    # Counted from 8, the code of the smallest normal number; a mantissa that rounds up to 2 goes on in the next binade.
+    # Counted from 8, the code of the smallest normal number; a mantissa rounded up to 2 goes on in the next binade.
     return jnp.minimum(rounded + 8 * jnp.maximum(binade - _LEAST, 0), _LARGEST_CODE)
 
 
