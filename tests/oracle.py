@@ -1,7 +1,8 @@
 """What MXFP4 and MXFP8 mean, written a second time in numpy: float64 and exact integers, no bit tricks, no jax.
 
 Shares no code and no constants with ``torq_jax.mxfp4`` and ``torq_jax.mxfp8``: elements are rounded by
-``ml_dtypes``, exponents come from ``np.frexp``, squared errors that are too close for float64 are compared as whole numbers.
+``ml_dtypes``, exponents come from ``np.frexp``, squared errors that are too close for float64 are compared as
+whole numbers.
 """
 
 from __future__ import annotations
