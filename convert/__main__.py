@@ -96,6 +96,13 @@ def parser() -> argparse.ArgumentParser:
         help="what errors are weighed by: the loss (a pass back through the model) or the layer's own output",
     )
     p.add_argument(
+        "--mixed",
+        type=float,
+        metavar="BUDGET",
+        help="keep sites that the loss reacts to most at MXFP8, for at most this share of the linear layers' bytes "
+        "more, e.g. 0.05 (default: none)",
+    )
+    p.add_argument(
         "--calibration",
         metavar="|".join((*calibration.NAMED, "FILE")),
         help=f"text to calibrate on (default: {DEFAULTS['calibration']}; with --demo: bundled)",
@@ -155,6 +162,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         damping=options.damping,
         order=options.order,
         sensitivity=options.sensitivity,
+        mixed=options.mixed,
         compare=_split(options.compare),
         modes=modes,
     )
