@@ -149,7 +149,7 @@ def choose(config: DecoderConfig, candidates: Sequence[Candidate], budget: float
         budget,
         allowed,
         min(c.extra_bytes for c in candidates),
-        sum(c.loss for c in candidates),
+        math.fsum(c.loss for c in candidates),  # in whatever order they come
         tuple(sorted(chosen, key=place)),
     )
 
