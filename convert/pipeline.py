@@ -748,7 +748,7 @@ class _Run:
 
     def stored_formats(self) -> dict[str, Any]:
         """What the manifest says of formats: those of all layers, the exceptions, and how these were chosen."""
-        common = {**self.wide_formats, **self.formats}
+        common = {s: self.formats[s] if s in self.formats else self.wide_formats[s] for s in SITES}
         described: dict[str, Any] = {
             "sites": {site: form.to_json() for site, form in common.items()},
             "online": {site: online_parts(form) for site, form in common.items()},

@@ -105,13 +105,18 @@ def test_attention_in_chunks_equals_attention_at_once(monkeypatch):
 def test_compiled_size_does_not_grow_with_depth():
     base = json.loads((GOLDENS / "llama3" / "config.json").read_text())
 
-    def size(layers):
+    def size(layers, exceptions=()):
         config = DecoderConfig.from_hf(base | {"num_hidden_layers": layers})
-        graph, state = nnx.split(Decoder(config))
+        formats = [
+            {**decoder.FLOAT, "mlp_out": PLAIN} if i in exceptions else decoder.FLOAT for i in range(layers)
+        ]
+        graph, state = nnx.split(Decoder(config, formats))
         run = jax.jit(lambda s, x: nnx.merge(graph, s)(x)[0])
         return len(run.lower(state, jnp.zeros((1, 8), jnp.int32)).as_text().splitlines())
 
     assert size(3) == size(12)
+    # It does with runs of formats: three in both of these.
+    assert size(3) < size(3, {1}) == size(12, {4, 5, 6})
 
 
 def test_random_model_has_distinct_layers():
