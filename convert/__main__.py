@@ -112,6 +112,13 @@ def parser() -> argparse.ArgumentParser:
         help="a free factor for each block that suits the activations' cast",
     )
     p.add_argument(
+        "--mixed",
+        type=float,
+        metavar="BUDGET",
+        help="keep sites that the loss reacts to most at MXFP8, for at most this share of the linear layers' bytes "
+        "more, e.g. 0.05 (default: none)",
+    )
+    p.add_argument(
         "--calibration",
         metavar="|".join((*calibration.NAMED, "FILE")),
         help=f"text to calibrate on (default: {DEFAULTS['calibration']}; with --demo: bundled)",
@@ -174,6 +181,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         prescale=options.prescale,
         target=options.target,
         mean_correction=options.mean_correction,
+        mixed=options.mixed,
         compare=_split(options.compare),
         modes=modes,
     )

@@ -54,6 +54,11 @@ class Sensitivity:
             for name in SITE_WEIGHTS[site]
         }
 
+    def costs(self, layer: int, site: str) -> Float[np.ndarray, " operands"]:
+        """What rounding the activation and rounding the weights costs, a token (see
+        :class:`torq_jax.sensitivity.LayerGradients`); float64."""
+        return np.load(self.folder / f"{layer}.{site}.costs.npy", allow_pickle=False)
+
     def gain(self, layer: int, site: str) -> Float[np.ndarray, "d d"]:
         """``E[u^T u]`` over tokens."""
         return np.load(self.folder / f"{layer}.{site}.gain.npy", allow_pickle=False)
@@ -80,6 +85,7 @@ def measure(
     seed: int,
     progress: LayerProgress,
     outputs: bool = False,
+    costs: bool = False,
 ) -> Sensitivity:
     """Run the pass.
 
@@ -92,6 +98,7 @@ def measure(
       seed: of the labels.
       progress: advanced once a layer and direction.
       outputs: whether to gather moments at the weights' outputs, too.
+      costs: whether to model what rounding each site costs.
 
     Raises:
       ConversionError: activations or gradients that are not finite.
@@ -138,17 +145,24 @@ def measure(
         parameters = read_layer(layer)
         weights: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
         totals: dict[str, Any] = {}
+        spent = {site: np.zeros(2) for site in SITES}
         for i in range(count):
             gradient = jnp.asarray(np.load(streams / f"gradient.{i}.npy", allow_pickle=False))
-            found = sensitivity.layer_gradients(config, parameters, load(layer, i), gradient, outputs=outputs)
+            found = sensitivity.layer_gradients(
+                config, parameters, load(layer, i), gradient, outputs=outputs, costs=costs
+            )
             np.save(streams / f"gradient.{i}.npy", np.asarray(found.before))
             for site in SITES:
                 weights[site].append(np.asarray(found.energies[site]))
+                if costs:
+                    spent[site] += np.asarray(found.costs[site])
             moments = found.gains | found.outputs
             totals = jax.tree.map(jnp.add, totals, moments) if totals else moments
             (streams / f"{layer + 1}.{i}.npy").unlink()
         for site in SITES:
             np.save(folder / f"{layer}.{site}.weights.npy", np.stack(weights[site]))
+            if costs:
+                np.save(folder / f"{layer}.{site}.costs.npy", spent[site] / tokens.size)
         for name, total in totals.items():
             moment = np.asarray(total) / np.float32(tokens.size)
             if not np.isfinite(moment).all():

@@ -24,11 +24,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert import gradients, names, report, streams
+from convert import gradients, mixed, names, report, streams
 from convert.calibration import Calibration
 from convert.progress import LayerProgress
 from convert.sources import Source
-from torq_jax import checkpoint, decoder, evaluate, mxfp4, prescale, rotation, rounding, solvers, statistics
+from torq_jax import (
+    checkpoint,
+    decoder,
+    evaluate,
+    mxfp4,
+    mxfp8,
+    prescale,
+    rotation,
+    rounding,
+    solvers,
+    statistics,
+)
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
 from torq_jax.decoder import SiteFormat
 from torq_jax.errors import ConversionError, TorqError
@@ -85,6 +96,8 @@ class Settings:
     activations best (:func:`torq_jax.rounding.correct`), under the second moment of the rounded activations."""
     mean_correction: bool = False
     """Whether a bias takes the mean error away that rounding leaves at each output on the calibration text."""
+    mixed: float | None = None
+    """Bytes that sites kept at MXFP8 may take, as a share of the linear layers' MXFP4 bytes; None keeps none."""
     compare: tuple[str, ...] = ("none",)
     """Methods evaluated beside the chosen one, with their rounding where it is another: ``"hadamard+gptq"``."""
     modes: tuple[str, ...] = ()
@@ -111,6 +124,8 @@ class Variant:
     weights: str  # "mxfp4" or "bf16"
     activations: str
     rounding: str = "nearest"
+    mixed: bool = False
+    """Whether the chosen sites are at MXFP8."""
 
     @property
     def label(self) -> str:
@@ -122,7 +137,7 @@ class Variant:
         if self.rounding != "nearest":
             added = {"gptq": "GPTQ", "two_sided": "two-sided GPTQ"}[self.rounding]
             name = added if self.method == "none" else f"{name} + {added}"
-        return f"{name} {mode.get((self.weights, self.activations), 'float')}"
+        return f"{name} {mode.get((self.weights, self.activations), 'float')}" + ", mixed" * self.mixed
 
 
 FLOAT = Variant(None, "bf16", "bf16")
@@ -165,13 +180,18 @@ def compared(settings: Settings) -> list[tuple[str, str]]:
 
 
 def variants(settings: Settings) -> list[Variant]:
-    """The rows to evaluate: the float original, the methods compared, the chosen one last."""
+    """The rows to evaluate: the float original, the methods compared, the chosen one last.
+
+    Only the chosen one has sites at MXFP8. Without them it is a row where it is named among the methods compared.
+    """
     chosen = chosen_variant(settings)
+    pure = dataclasses.replace(chosen, mixed=False)
     own = (settings.method, settings.rounding)
     methods = [pair for pair in compared(settings) if pair != own] + [own]
     modes = [(settings.weights, settings.activations), *(_MODES[m] for m in settings.modes)]
     rows = dict.fromkeys(variant(m, *mode, r) for mode in dict.fromkeys(modes) for m, r in methods)
-    return [FLOAT, *(r for r in rows if r != chosen), chosen]
+    named = chosen.mixed and own in compared(settings)
+    return [FLOAT, *(r for r in rows if r != pure or named), chosen]
 
 
 def variant(method: str, weights: str, activations: str, rounding: str) -> Variant:
@@ -181,7 +201,8 @@ def variant(method: str, weights: str, activations: str, rounding: str) -> Varia
 
 def chosen_variant(settings: Settings) -> Variant:
     """The row that is written."""
-    return variant(settings.method, settings.weights, settings.activations, settings.rounding)
+    found = variant(settings.method, settings.weights, settings.activations, settings.rounding)
+    return dataclasses.replace(found, mixed=settings.mixed is not None)
 
 
 def convert(
@@ -235,8 +256,7 @@ def convert(
             {
                 "name": source.name,
                 "config": config.to_json(),
-                "sites": {site: form.to_json() for site, form in run.formats.items()},
-                "online": {site: online_parts(form) for site, form in run.formats.items()},
+                **run.stored_formats(),
                 "float_dtype": str(np.dtype(source.float_dtype)),
                 "settings": settings.to_json(),
                 "calibration": calibration.to_json(),
@@ -286,6 +306,13 @@ def check(config: DecoderConfig, settings: Settings) -> None:
         )
     if settings.prescale and settings.method == "none":
         raise ConversionError("prescale needs a method that runs a matrix inside blocks: 'none' runs nothing")
+    if settings.mixed is not None:
+        mixed.check(
+            settings.mixed,
+            sensitivity=settings.sensitivity,
+            weights=settings.weights,
+            activations=settings.activations,
+        )
     if settings.seed < 0:
         raise ConversionError(f"seed {settings.seed} must not be negative")
     for rule in (settings.weight_scale, settings.activation_scale):
@@ -322,7 +349,8 @@ def online_parts(form: SiteFormat) -> list[str]:
         f"{level} rotation {list(shape)}" for level in ("inter", "intra") if (shape := getattr(form, level))
     ]
     if form.activation_scale is not None:
-        parts.append(f"MXFP4 cast of the activation, scale rule {form.activation_scale}")
+        cast = form.activations.upper()
+        parts.append(f"{cast} cast of the activation, scale rule {form.activation_scale}")
     return parts
 
 
@@ -467,8 +495,13 @@ def store_site(
     weights: Mapping[str, Any],
     settings: Settings,
     variant: Variant,
+    *,
+    wide: bool = False,
 ) -> tuple[SiteFormat, dict[str, Any]]:
-    """Format and parameters of a site as a checkpoint of ``variant`` would store them."""
+    """Format and parameters of a site as a checkpoint of ``variant`` would store them.
+
+    With ``wide`` what would be MXFP4 is MXFP8, rounded to nearest: GPTQ would win little of an error that is 1/18.
+    """
     packed = variant.weights == "mxfp4"
     transform = solved.transform
     form = SiteFormat(
@@ -479,20 +512,36 @@ def store_site(
         intra=None if transform is None or transform.intra is None else tuple(transform.intra.shape),
         corrected=solved.means is not None,
     )
+    if wide:
+        form = dataclasses.replace(
+            form,
+            weights="mxfp8" if packed else "float",
+            weight_scale=mixed.SCALE_RULE if packed else None,
+            activation_scale=mixed.SCALE_RULE if variant.activations == "mxfp4" else None,
+            activations="mxfp8",
+        )
     values: dict[str, Any] = {k: v for k, v in weights.items() if k.endswith("_bias")}
     for level in ("inter", "intra"):
         if getattr(form, level) is not None:
             values[level] = np.asarray(getattr(transform, level))
     for name, folded in solved.aims.items():
         if packed:
-            q = round_weights(solved, settings, variant.rounding)[name]
+            q: mxfp4.MXFP4Array | mxfp8.MXFP8Array
+            if wide:
+                q = mxfp8.quantize(jnp.asarray(folded), mixed.SCALE_RULE)
+            else:
+                q = round_weights(solved, settings, variant.rounding)[name]
             values[f"{name}_codes"], values[f"{name}_scales"] = np.asarray(q.codes), np.asarray(q.scales)
         else:
             size = form.stored_features(config.site_in_features(site))
             values[name] = folded[:, :size].astype(float_dtype)
         if form.corrected and solved.means is not None:
-            exact, read = solved.means
-            stored = mxfp4.dequantize(q) if packed else values[name]
+            exact, read = solved.means if variant.activations == "mxfp4" else (solved.means[0],) * 2
+            stored = (
+                mxfp4.dequantize(round_weights(solved, settings, variant.rounding)[name])
+                if packed
+                else values[name]
+            )
             stored = np.pad(np.asarray(stored, np.float32), ((0, 0), (0, len(read) - stored.shape[1])))
             error = stored @ read - solved.folded[name] @ exact
             bias = np.asarray(values.get(f"{name}_bias", np.float32(0)), np.float32)
@@ -517,9 +566,14 @@ class _Run:
             needed.add("full")
         self.two_sided = "two_sided" in roundings
         self.moments: statistics.Moments = next(m for m in ("full", "inter", "none") if m in needed)  # type: ignore[assignment]
-        self.sensitive = self.moments == "full" and settings.sensitivity == "loss"
+        weighed = self.moments == "full" and settings.sensitivity == "loss"
+        self.sensitive = weighed or settings.mixed is not None
         self.sensitivity: gradients.Sensitivity | None = None
+        self.choice: mixed.Choice | None = None
+        """Sites at MXFP8, once the sensitivity is measured."""
         self.formats: dict[str, SiteFormat] = {}
+        self.wide_formats: dict[str, SiteFormat] = {}
+        """Formats of the sites at MXFP8."""
         self.sites: list[dict[str, Any]] = []
         self.energy: list[dict[str, Any]] = []
         self.codebook: dict[str, dict[str, list[np.ndarray]]] = {
@@ -624,6 +678,7 @@ class _Run:
                 with self.timed("rounded statistics"):
                     sites = self.look_again(graph, parameters, index, sites)
             for site, solved in sites.items():
+                wide = self.choice is not None and self.choice.holds(index, site)
                 with self.timed("rounding"):
                     stored = {
                         v: store_site(
@@ -634,6 +689,7 @@ class _Run:
                             parameters[site],
                             self.settings,
                             v,
+                            wide=wide and v.mixed,
                         )
                         for v in written
                     }
@@ -648,13 +704,13 @@ class _Run:
                         )
                     if method == self.settings.method:
                         form, shard[site] = stored[self.chosen]
-                        if self.formats.setdefault(site, form) != form:
+                        known = self.wide_formats if wide else self.formats
+                        if known.setdefault(site, form) != form:
                             raise ConversionError(
-                                f"layer {index}, {site}: the rotation has format {form}, that of layer 0 "
-                                f"{self.formats[site]}: all layers must share one"
+                                f"layer {index}, {site}: the rotation has format {form}, that of earlier layers "
+                                f"{known[site]}: all layers must share one"
                             )
-                        if index == 0:
-                            self.linear_bytes += self.config.num_layers * _weight_bytes(shard[site])
+                        self.linear_bytes += _weight_bytes(shard[site])
                 if method == self.settings.method:
                     with self.timed("diagnostics"):
                         self.diagnose(
@@ -671,7 +727,7 @@ class _Run:
 
     def calibrate(self, graph: Any, parameters: Any, index: int) -> dict[str, SiteStatistics]:
         """Statistics of every site from the calibration stream, which moves on to the next layer."""
-        measured = self.sensitivity
+        measured = self.sensitivity if self.moments == "full" else None
         weights = None if measured is None else {s: measured.weights(index, s) for s in SITES}
         (gathered,) = gather_layer(
             graph,
@@ -695,8 +751,11 @@ class _Run:
     def look_again(
         self, graph: Any, parameters: Any, index: int, sites: Mapping[str, SolvedSite]
     ) -> dict[str, SolvedSite]:
-        """The solved sites, made to make up for what rounding does to their activations; the stream then moves on."""
-        measured = self.sensitivity
+        """The solved sites, made to make up for what rounding does to their activations; the stream then moves on.
+
+        Sites at MXFP8 stay as they are: there is little to make up for.
+        """
+        measured = self.sensitivity if self.moments == "full" else None
         found = gather_rounded(
             graph,
             self.config,
@@ -708,7 +767,11 @@ class _Run:
         )
         for i, x in enumerate(self.stream):
             self.stream[i] = _finite(run_layer(graph, self.config, parameters, x), index)
-        return {site: aim(solved, found[site], self.settings) for site, solved in sites.items()}
+        wide = {site for site in sites if self.choice is not None and self.choice.holds(index, site)}
+        return {
+            site: solved if site in wide else aim(solved, found[site], self.settings)
+            for site, solved in sites.items()
+        }
 
     def measure_sensitivity(self, folder: Path, progress: LayerProgress) -> None:
         """The pass back through the source, whose findings the statistics of every layer then use."""
@@ -722,7 +785,15 @@ class _Run:
             seed=self.settings.seed,
             progress=progress,
             outputs=self.two_sided,
+            costs=self.settings.mixed is not None,
         )
+        if self.settings.mixed is not None:
+            candidates = [
+                mixed.candidate(self.config, layer, site, self.sensitivity.costs(layer, site))
+                for layer in range(self.config.num_layers)
+                for site in SITES
+            ]
+            self.choice = mixed.choose(self.config, candidates, self.settings.mixed)
 
     def advance(self, variant: Variant, graph: Any, parameters: Any, index: int) -> None:
         """Take one evaluation stream through a layer."""
@@ -746,7 +817,7 @@ class _Run:
         """Measure one converted site on its sample of (normalised) activations."""
         x = jnp.asarray(gathered.samples[:: max(1, len(gathered.samples) // _DIAGNOSTIC_TOKENS)])
         rotated = prepare(x, solved.transform, None)
-        rounded = prepare(x, solved.transform, form.activation_scale)
+        rounded = prepare(x, solved.transform, form.activation_scale, form.activations)
         stored = checkpoint.decode_site(values, self.config, site, form, jnp.float32)
         size = self.config.site_in_features(site)
         exact, folded, a4, full = (
@@ -766,7 +837,8 @@ class _Run:
             )
         before, after = _block_energy(x), _block_energy(rotated)
         # Occupancy is counted for rules that follow from amax alone; mse would need the rounding itself.
-        rule = form.activation_scale if form.activation_scale in ("floor", "ceil") else "even"
+        own = self.settings.activation_scale if form.activations == "mxfp8" else form.activation_scale
+        rule: Any = own if own in ("floor", "ceil") else "even"
         shares = {
             k: solvers.codebook_histogram(np.asarray(v).reshape(-1, mxfp4.BLOCK), rule)
             for k, v in (("before", x), ("after", rotated))
@@ -780,6 +852,7 @@ class _Run:
                 "layer": index,
                 "site": site,
                 "features": size,
+                "weights": form.weights,
                 "imbalance_before": float(before.max() / before.mean()),
                 "imbalance_after": float(after.max() / after.mean()),
                 "entropy_before": float(solvers.entropy_bits(shares["before"])),
@@ -801,6 +874,22 @@ class _Run:
             self.energy.append(
                 {"layer": index, "site": site, "before": before.tolist(), "after": after.tolist()}
             )
+
+    def stored_formats(self) -> dict[str, Any]:
+        """What the manifest says of formats: those of all layers, the exceptions, and how these were chosen."""
+        common = {s: self.formats[s] if s in self.formats else self.wide_formats[s] for s in SITES}
+        described: dict[str, Any] = {
+            "sites": {site: form.to_json() for site, form in common.items()},
+            "online": {site: online_parts(form) for site, form in common.items()},
+        }
+        if self.choice is not None:
+            layers = [
+                {s: (self.wide_formats if self.choice.holds(i, s) else self.formats)[s] for s in SITES}
+                for i in range(self.config.num_layers)
+            ]
+            described["exceptions"] = checkpoint.exceptions(common, layers)
+            described["mixed"] = self.choice.to_json()
+        return described
 
     # -- results -------------------------------------------------------------------------------------------
 
@@ -837,7 +926,7 @@ class _Run:
             delta = evaluate.estimate_json(evaluate.estimate(own_loss - losses[FLOAT]))
             table.append(
                 {
-                    "label": variant.label,
+                    "label": self.label(variant),
                     "method": variant.method,
                     "rounding": variant.rounding,
                     "weights": "float" if variant.weights == "bf16" else variant.weights,
@@ -851,6 +940,14 @@ class _Run:
                 }
             )
         return table
+
+    def label(self, variant: Variant) -> str:
+        """Name of a finished row: where there are sites at MXFP8, how many."""
+        if not variant.mixed or self.choice is None:
+            return variant.label
+        count = len(self.choice.sites)
+        pure = dataclasses.replace(variant, mixed=False).label
+        return f"{pure}, {count} site{'s' * (count != 1)} MXFP8"
 
     def parameters(self) -> int:
         """Elements of all of the source's tensors."""
@@ -891,6 +988,7 @@ class _Run:
                 "bits_per_weight": 8 * self.linear_bytes / config.linear_parameters(),
             },
             "sites": self.sites,
+            "mixed": None if self.choice is None else self.choice.to_json(),
             "plots": {
                 "block_energy": self.energy,
                 "codebook": [
@@ -915,6 +1013,8 @@ class _Run:
             found.append("calibrated on random tokens: shapes and memory are tested, accuracy is not")
         if self.evaluation is None:
             found.append("not evaluated: pass --evaluate FILE to measure the perplexity")
+        if self.choice is not None and not self.choice.sites:
+            found.append(mixed.nothing_chosen(self.config, self.choice))
         return found
 
 
@@ -1028,7 +1128,8 @@ def _weight_bytes(values: Mapping[str, Any]) -> int:
 def _checkpoint_bytes(source: Source, settings: Settings) -> int:
     """About how large the checkpoint will be: uncompressed, without rotations and padding."""
     config, itemsize = source.config, np.dtype(source.float_dtype).itemsize
-    linear = config.linear_parameters() * (17 / 32 if settings.weights == "mxfp4" else itemsize)
+    packed = 17 / 32 * (1 + (settings.mixed or 0.0))
+    linear = config.linear_parameters() * (packed if settings.weights == "mxfp4" else itemsize)
     outer = config.vocab_size * config.hidden_size * itemsize * (1 if config.tie_embeddings else 2)
     return int(linear + outer) + (8 << 20)
 

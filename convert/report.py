@@ -124,7 +124,29 @@ class SiteReport(TypedDict):
     online_multiply_adds: int  # a token
     online_bytes: int  # of rotation matrices
     orthogonality_error: float
+    weights: NotRequired[str]  # format of the stored weights
     solver: NotRequired[dict[str, Any]]
+
+
+class MixedSite(TypedDict):
+    """A site that is kept at MXFP8."""
+
+    layer: int
+    site: str
+    activation_loss: float  # modelled, in nats a token, for rounding the activation to MXFP4
+    weight_loss: float  # the same for the weights
+    extra_bytes: int  # beyond MXFP4
+    share: float  # of the modelled loss of all sites
+
+
+class MixedReport(TypedDict):
+    """Sites that are kept at MXFP8, and the budget that they were chosen under; see :mod:`convert.mixed`."""
+
+    budget: float  # of the linear layers' MXFP4 bytes
+    budget_bytes: int
+    extra_bytes: int
+    modelled_loss: float  # of all sites at MXFP4, in nats a token
+    sites: list[MixedSite]
 
 
 class BlockEnergy(TypedDict):
@@ -175,6 +197,7 @@ class Report(TypedDict):
     evaluation: EvaluationReport | None
     size: SizeReport
     sites: list[SiteReport]
+    mixed: NotRequired[MixedReport | None]  # None where every site has the same format
     plots: NotRequired[PlotsReport]
     samples: NotRequired[list[SampleReport]]
     timings: NotRequired[TimingsReport]
@@ -393,7 +416,7 @@ def layer_table(report: Mapping[str, Any]) -> Table:
     sites = sorted(report["sites"], key=lambda s: (s["layer"], order[s["site"]]))
     rows = tuple(
         (
-            f"{s['layer']} {s['site']}",
+            f"{s['layer']} {s['site']}" + (" (MXFP8)" if s.get("weights") == "mxfp8" else ""),
             *(_cell(s, keys, spec) for _, keys, spec, _ in _DIAGNOSTICS),
             *(_quantity(s[key], unit) for _, key, unit in _COSTS),
         )
@@ -422,7 +445,48 @@ def _title_lines(report: Mapping[str, Any]) -> list[str]:
         f"method {settings['method']}, {', '.join(rules)}, seed {settings['seed']}",
         f"calibrated on {calibration['sequences']} × {calibration['sequence_length']} tokens of "
         f"{calibration['source']}{digest}",
+        *([_mixed_line(report["mixed"])] if report.get("mixed") else []),
     ]
+
+
+_NAMED_SITES = 6  # sites at MXFP8 that the line names
+
+
+def _mixed_line(mixed: Mapping[str, Any]) -> str:
+    """The sites at MXFP8, those with the largest share of the modelled loss by name."""
+    ranked = sorted(mixed["sites"], key=lambda s: -s["share"])
+    names = [
+        f"layer {s['layer']} {s['site']} ({_ratio(s['share'], 1)}, {_quantity(s['extra_bytes'], 'B')})"
+        for s in ranked[:_NAMED_SITES]
+    ]
+    if len(ranked) > _NAMED_SITES:
+        names.append(f"{len(ranked) - _NAMED_SITES} more")
+    spent = f"{_quantity(mixed['extra_bytes'], 'B')} of {_quantity(mixed['budget_bytes'], 'B')} more"
+    if not names:
+        return f"no site at MXFP8: {spent}"
+    share = _ratio(sum(s["share"] for s in ranked), 1)
+    return f"sites at MXFP8: {', '.join(names)}; {share} of the modelled loss for {spent}"
+
+
+def mixed_table(report: Mapping[str, Any]) -> Table:
+    """The sites at MXFP8; empty where there are none."""
+    found = report.get("mixed") or {"sites": ()}
+    rows = tuple(
+        (
+            f"{s['layer']} {s['site']}",
+            _ratio(s["share"], 1),
+            _figure(s["activation_loss"], ".2e"),
+            _figure(s["weight_loss"], ".2e"),
+            _quantity(s["extra_bytes"], "B"),
+        )
+        for s in sorted(found["sites"], key=lambda s: -s["share"])
+    )
+    note = (
+        "share: of the modelled loss of all sites at MXFP4. activation, weights: that of the site, in nats a token, "
+        "were they rounded to MXFP4 after a Hadamard transform of each block. bytes: beyond MXFP4."
+    )
+    columns = ("layer, site", "share", "activation", "weights", "bytes")
+    return Table("Sites kept at MXFP8", columns, rows, notes=(note,))
 
 
 def _cost_line(report: Mapping[str, Any]) -> str | None:
@@ -797,7 +861,7 @@ def render_page(report: Mapping[str, Any], light: Mapping[str, bytes], dark: Map
         name=report["model"]["name"],
         lines=_title_lines(report),
         warnings=report.get("warnings") or (),
-        tables=[t for t in (main_table(report), summary_table(report)) if t.rows],
+        tables=[t for t in (main_table(report), mixed_table(report), summary_table(report)) if t.rows],
         layers=layer_table(report),
         plots=plots,
         samples=report.get("samples") or (),

@@ -1,11 +1,13 @@
-"""What MXFP4 means, written a second time in numpy: float64 and exact integers, no bit tricks, no jax.
+"""What MXFP4 and MXFP8 mean, written a second time in numpy: float64 and exact integers, no bit tricks, no jax.
 
-Shares no code and no constants with ``torq_jax.mxfp4``: elements are rounded by ``ml_dtypes``, exponents
-come from ``np.frexp``, squared errors that are too close for float64 are compared as whole numbers.
+Shares no code and no constants with ``torq_jax.mxfp4`` and ``torq_jax.mxfp8``: elements are rounded by
+``ml_dtypes``, exponents come from ``np.frexp``, squared errors that are too close for float64 are compared as
+whole numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import ml_dtypes
@@ -22,6 +24,24 @@ class Quantized(NamedTuple):
 
 def quantize(x: np.ndarray, rule: str) -> Quantized:
     """Quantise ``x [..., n]`` (n a multiple of 32) in blocks along the last axis."""
+    return _quantize(x, lambda blocks, amax: _exponents(blocks, amax, rule), round_elements)
+
+
+def quantize8(x: np.ndarray, rule: str) -> Quantized:
+    """The same for MXFP8 (E4M3), rules "floor" and "ceil"."""
+
+    def exponents(_: np.ndarray, amax: np.ndarray) -> np.ndarray:
+        floor = _floor_log2(amax) - 8
+        if rule == "floor":
+            return floor
+        return np.where(
+            amax <= np.ldexp(448.0, floor), floor, floor + 1
+        )  # the least e with amax <= 448 * 2**e
+
+    return _quantize(x, exponents, round_elements8)
+
+
+def _quantize(x: np.ndarray, exponents_of: Callable, rounded: Callable) -> Quantized:
     with np.errstate(invalid="ignore"):  # a NaN in bfloat16
         blocks = np.asarray(x).astype(np.float64).reshape(-1, 32)
     poisoned = ~np.isfinite(blocks).all(axis=1)
@@ -29,9 +49,9 @@ def quantize(x: np.ndarray, rule: str) -> Quantized:
     amax = np.abs(blocks).max(axis=1)
     empty = amax == 0
 
-    exponents = np.maximum(_exponents(blocks, np.where(empty, 1.0, amax), rule), -127)
+    exponents = np.maximum(exponents_of(blocks, np.where(empty, 1.0, amax)), -127)
     exponents[empty] = -127
-    elements = round_elements(np.ldexp(blocks, -exponents[:, None]))
+    elements = rounded(np.ldexp(blocks, -exponents[:, None]))
     values = np.ldexp(elements.astype(np.float64), exponents[:, None])
     codes = elements.view(np.uint8).copy()
     scales = (exponents + 127).astype(np.uint8)
@@ -51,6 +71,11 @@ def round_elements(y: np.ndarray) -> np.ndarray:
     return np.clip(y, -6.0, 6.0).astype(ml_dtypes.float4_e2m1fn)
 
 
+def round_elements8(y: np.ndarray) -> np.ndarray:
+    """Nearest E4M3, ties to the even code, saturating at 448."""
+    return np.clip(y, -448.0, 448.0).astype(ml_dtypes.float8_e4m3fn)
+
+
 def pack(codes: np.ndarray) -> np.ndarray:
     """Two codes a byte along the last axis, the first in the low nibble."""
     low, high = codes[..., 0::2].astype(int), codes[..., 1::2].astype(int)
@@ -67,6 +92,13 @@ def unpack(packed: np.ndarray) -> np.ndarray:
 def decode(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Values in float64 of ``codes [..., n]`` under ``scales [..., n / 32]``, read by ml_dtypes."""
     elements = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+    powers = scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
+    return elements * np.repeat(powers, 32, axis=-1)
+
+
+def decode8(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The same for MXFP8."""
+    elements = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
     powers = scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
     return elements * np.repeat(powers, 32, axis=-1)
 

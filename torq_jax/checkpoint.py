@@ -2,7 +2,8 @@
 
 ::
 
-    DIR/torq.json       manifest: format version, architecture, format of every site, how it was converted
+    DIR/torq.json       manifest: format version, architecture, format of every site (and of the sites of single
+                        layers that are exceptions), how it was converted
     DIR/layers/00000/   one Orbax checkpoint a layer, written as soon as the layer is finished
     DIR/outer/          the same for embeddings, final norm and output projection
     DIR/tokenizer/      the tokenizer's own files
@@ -23,7 +24,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,9 +34,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from torq_jax import decoder, mxfp4
+from torq_jax import decoder, mxfp4, mxfp8
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
-from torq_jax.decoder import Decoder, SiteFormat
+from torq_jax.decoder import Decoder, Formats, SiteFormat
 from torq_jax.errors import ConversionError, TorqError
 
 MANIFEST = "torq.json"
@@ -190,7 +191,7 @@ def load(directory: str | os.PathLike[str], *, dtype: Any = None, dequantize: bo
       directory: what the converter wrote.
       dtype: of the activations; float32 on a CPU and bfloat16 elsewhere when None.
       dequantize: decode the packed weights once, at load: more memory, faster steps. None means on a CPU
-        only. Results are the same, since every MXFP4 value is exact in both dtypes.
+        only. Results are the same, since every MXFP4 and MXFP8 value is exact in both dtypes.
 
     Returns:
       The model, its tokenizer, and the manifest.
@@ -206,28 +207,64 @@ def load(directory: str | os.PathLike[str], *, dtype: Any = None, dequantize: bo
 
     try:
         config = DecoderConfig.from_json(manifest["config"])
-        formats = {site: SiteFormat.from_json(manifest["sites"][site]) for site in SITES}
-    except (KeyError, TypeError) as error:
+        formats = layer_formats(config, manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise TorqError(f"{directory / MANIFEST} is damaged: {type(error).__name__}: {error}") from error
-    layers: Any = None
-    for index in range(config.num_layers):
-        layer = _restore_checked(directory, manifest, f"layers/{index:05d}")
-        if dequantize:
-            layer = {
-                name: decode_site(value, config, name, formats[name], dtype) if name in SITES else value
-                for name, value in layer.items()
-            }
-        if layers is None:
-            layers = jax.tree.map(lambda x: np.empty((config.num_layers, *x.shape), x.dtype), layer)
-        _copy_into(layers, layer, index, directory)
+    held = (
+        [{site: form.decoded() for site, form in own.items()} for own in formats] if dequantize else formats
+    )
+    stacks, first = [], 0
+    for count, _ in decoder.runs(config, held):
+        stack: Any = None
+        for index in range(first, first + count):
+            layer = _restore_checked(directory, manifest, f"layers/{index:05d}")
+            if dequantize:
+                layer = {
+                    name: decode_site(value, config, name, formats[index][name], dtype)
+                    if name in SITES
+                    else value
+                    for name, value in layer.items()
+                }
+            if stack is None:
+                stack = jax.tree.map(lambda x: np.empty((count, *x.shape), x.dtype), layer)  # noqa: B023
+            _copy_into(stack, layer, index, first, directory)
+        stacks.append(stack)
+        first += count
     outer: dict[str, Any] = {}
     for name in ("embed", "norm") if config.tie_embeddings else ("embed", "norm", "lm_head"):
         outer |= _restore_checked(directory, manifest, f"outer/{name}")
-    if dequantize:
-        formats = {site: form.decoded() for site, form in formats.items()}
-    model = nnx.eval_shape(lambda: Decoder(config, formats, dtype=dtype))
+    layers = stacks[0] if len(stacks) == 1 else dict(enumerate(stacks))
+    model = nnx.eval_shape(lambda: Decoder(config, held, dtype=dtype))
     model = decoder.fill(model, jax.tree.map(jnp.asarray, {**outer, "layers": layers}))
     return Loaded(model, load_tokenizer(directory / "tokenizer"), manifest)
+
+
+def layer_formats(config: DecoderConfig, manifest: Mapping[str, Any]) -> list[Formats]:
+    """Formats of the sites of each layer: the manifest's ``sites``, but for its ``exceptions`` where it has any.
+
+    Raises:
+      TypeError, KeyError, ValueError, AttributeError: a manifest that is damaged.
+    """
+    common = {site: SiteFormat.from_json(manifest["sites"][site]) for site in SITES}
+    formats = [dict(common) for _ in range(config.num_layers)]
+    for layer, sites in manifest.get("exceptions", {}).items():
+        index = int(layer)
+        if not 0 <= index < config.num_layers:
+            raise ValueError(f"exceptions of layer {index}, and there are {config.num_layers} layers")
+        for site, form in sites.items():
+            if site not in SITES:
+                raise ValueError(f"exception of an unknown site {site!r}")
+            formats[index][site] = SiteFormat.from_json(form)
+    return list(formats)
+
+
+def exceptions(common: Formats, formats: Sequence[Formats]) -> dict[str, dict[str, Any]]:
+    """For a manifest, the sites of each layer whose format is not the common one; see :func:`layer_formats`."""
+    found = {
+        str(index): {site: form.to_json() for site, form in own.items() if form != common[site]}
+        for index, own in enumerate(formats)
+    }
+    return {layer: sites for layer, sites in found.items() if sites}
 
 
 def restore(path: Path) -> dict[str, Any]:
@@ -273,15 +310,17 @@ def decode_site(
     parameters: Mapping[str, Any], config: DecoderConfig, site: str, form: SiteFormat, dtype: Any
 ) -> dict[str, Any]:
     """A site's parameters with packed weights replaced by their values in ``dtype``."""
-    if form.weights != "mxfp4":
+    if form.weights == "float":
         return dict(parameters)
     decoded = {k: v for k, v in parameters.items() if not k.endswith(("_codes", "_scales"))}
     # A plain weight keeps its own length; the rotation's padding is part of a folded one.
     stored = form.decoded().stored_features(config.site_in_features(site))
     for name in SITE_WEIGHTS[site]:
-        codes = jnp.asarray(parameters[f"{name}_codes"])
-        packed = mxfp4.MXFP4Array(codes, jnp.asarray(parameters[f"{name}_scales"]), stored, -1)
-        decoded[name] = mxfp4.dequantize(packed, dtype)
+        codes, scales = (jnp.asarray(parameters[f"{name}_{part}"]) for part in ("codes", "scales"))
+        if form.weights == "mxfp4":
+            decoded[name] = mxfp4.dequantize(mxfp4.MXFP4Array(codes, scales, stored, -1), dtype)
+        else:
+            decoded[name] = mxfp8.dequantize(mxfp8.MXFP8Array(codes, scales, stored, -1), dtype)
     return decoded
 
 
@@ -314,16 +353,17 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _copy_into(stack: Any, layer: Any, index: int, directory: Path) -> None:
+def _copy_into(stack: Any, layer: Any, index: int, first: int, directory: Path) -> None:
+    """Copy layer ``index`` to its place in a stack that starts with layer ``first``."""
     for name, value in layer.items():
         if isinstance(value, Mapping):
-            _copy_into(stack.get(name, {}), value, index, directory)
+            _copy_into(stack.get(name, {}), value, index, first, directory)
         elif name not in stack or stack[name].shape[1:] != value.shape:
             raise TorqError(
-                f"checkpoint {directory} is damaged: layer {index} differs from layer 0 at {name!r}"
+                f"checkpoint {directory} is damaged: layer {index} differs from layer {first} at {name!r}"
             )
         else:
-            stack[name][index] = value
+            stack[name][index - first] = value
 
 
 def _first_line(error: BaseException) -> str:

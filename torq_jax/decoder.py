@@ -1,8 +1,9 @@
 """LLaMA 3 and Qwen3 dense decoders in ``flax.nnx``, float or MXFP4.
 
-All layers have one shape, so their parameters are stacked along a leading axis and ``lax.scan`` runs over
-them: compile time does not grow with depth. Linear layers live in *sites* (:data:`torq_jax.config.SITES`):
-a site rotates and rounds the activation that enters it once, for all of its weights.
+Layers of one shape have their parameters stacked along a leading axis, and ``lax.scan`` runs over them: compile time
+does not grow with depth. Where a few sites are kept in another format, consecutive layers of equal formats form a
+*run*, stacked and scanned by itself: compile time grows with the number of runs. Linear layers live in *sites*
+(:data:`torq_jax.config.SITES`): a site rotates and rounds the activation that enters it once, for all of its weights.
 
 Letters in shapes: b batch, t tokens of this call, s tokens attended to, H hidden size, h heads, g key and
 value heads, d head size, L layers, V vocabulary.
@@ -11,7 +12,9 @@ value heads, d head size, L layers, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,8 +26,9 @@ from jaxtyping import Array, Bool, Float, Int32
 from torq_jax import mxfp4
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig, RopeScaling
 from torq_jax.errors import TorqError
-from torq_jax.matmul import dot, precision, prepare
+from torq_jax.matmul import ACTIVATION_FORMATS, ActivationFormat, dot, precision, prepare
 from torq_jax.mxfp4 import BLOCK, MXFP4Array
+from torq_jax.mxfp8 import MXFP8Array
 from torq_jax.rotation import TwoLevelRotation
 
 Tap = Callable[[str, Array], Array]
@@ -32,26 +36,37 @@ Tap = Callable[[str, Array], Array]
 ``"site/weight"`` and the output ``[b, t, out]`` of each of its linear layers; the layer goes on with what is
 returned."""
 
+WEIGHT_FORMATS = ("float", "mxfp4", "mxfp8")
+
 QUERY_CHUNK = 256
 """Queries whose attention scores are held at a time; bounds memory at long windows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteFormat:
-    """What a site stores and what it does to its activation; static, the same in every layer."""
+    """What a site stores and what it does to its activation; static."""
 
     weights: str = "float"
-    """``"float"`` or ``"mxfp4"``."""
+    """One of :data:`WEIGHT_FORMATS`."""
     weight_scale: str | None = None
     """Scale rule that the weights were rounded with; a record, not needed to run."""
     activation_scale: mxfp4.ScaleRule | None = None
-    """Scale rule of the activations' MXFP4 cast; None leaves them in float."""
+    """Scale rule of the activations' cast; None leaves them in float."""
     inter: tuple[int, ...] | None = None
     """Shape of the rotation's inter-block part."""
     intra: tuple[int, ...] | None = None
     """Shape of its intra-block part."""
     corrected: bool = False
     """Whether every linear layer has a bias that takes the mean rounding error away, its own bias included."""
+    activations: ActivationFormat = "mxfp4"
+    """Format of the activations' cast, where there is one."""
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHT_FORMATS or self.activations not in ACTIVATION_FORMATS:
+            raise TorqError(
+                f"a site of weights {self.weights!r} and activations {self.activations!r}: must be of "
+                f"{', '.join(WEIGHT_FORMATS)} and of {', '.join(ACTIVATION_FORMATS)}"
+            )
 
     @property
     def rotated(self) -> bool:
@@ -60,7 +75,7 @@ class SiteFormat:
 
     def stored_features(self, features: int) -> int:
         """Length of a stored weight's rows: padded to whole blocks wherever blocks exist."""
-        return mxfp4.padded_size(features) if self.rotated or self.weights == "mxfp4" else features
+        return mxfp4.padded_size(features) if self.rotated or self.weights != "float" else features
 
     def decoded(self) -> SiteFormat:
         """The format of the same site once its packed weights are decoded."""
@@ -78,6 +93,7 @@ class SiteFormat:
 
 
 Formats = Mapping[str, SiteFormat]
+"""Format of each site of a layer."""
 FLOAT: Formats = {site: SiteFormat() for site in SITES}
 """The float model: nothing rotated, nothing rounded."""
 
@@ -98,7 +114,8 @@ class Site(nnx.Module):
     """The linear layers that share one activation, with their rotation.
 
     Parameters, by name: ``inter``, ``intra``; for a weight ``q`` either ``q`` (``[out, in]``) or ``q_codes``
-    and ``q_scales`` (:class:`~torq_jax.mxfp4.MXFP4Array` with blocks along ``in``), and ``q_bias``.
+    and ``q_scales`` (:class:`~torq_jax.mxfp4.MXFP4Array` or :class:`~torq_jax.mxfp8.MXFP8Array` with blocks along
+    ``in``), and ``q_bias``.
     """
 
     def __init__(self, config: DecoderConfig, site: str, form: SiteFormat, init: _Init):
@@ -110,8 +127,9 @@ class Site(nnx.Module):
             if shape is not None:
                 setattr(self, level, nnx.Param(init.identity(shape)))
         for name, out in config.site_out_features(site).items():
-            if form.weights == "mxfp4":
-                setattr(self, f"{name}_codes", nnx.Param(init.codes((out, features // 2))))
+            if form.weights != "float":
+                code_bytes = features // 2 if form.weights == "mxfp4" else features
+                setattr(self, f"{name}_codes", nnx.Param(init.codes((out, code_bytes))))
                 setattr(self, f"{name}_scales", nnx.Param(init.codes((out, features // BLOCK))))
             else:
                 setattr(self, name, nnx.Param(init.weight((out, features))))
@@ -122,7 +140,7 @@ class Site(nnx.Module):
         """Outputs of the site's linear layers, in the order of :data:`~torq_jax.config.SITE_WEIGHTS`."""
         if tap is not None:
             x = tap(self.site, x)
-        x = prepare(x, self.rotation(), self.form.activation_scale)
+        x = prepare(x, self.rotation(), self.form.activation_scale, self.form.activations)
         outputs = []
         for name in SITE_WEIGHTS[self.site]:
             y = dot(x, self.weight(name), rounded=self.form.activation_scale is not None)
@@ -140,12 +158,13 @@ class Site(nnx.Module):
             None if inter is None else inter[...], None if intra is None else intra[...], self.features
         )
 
-    def weight(self, name: str) -> Array | MXFP4Array:
+    def weight(self, name: str) -> Array | MXFP4Array | MXFP8Array:
         """A weight as stored, ``[out, in]``."""
-        if self.form.weights == "mxfp4":
-            codes, scales = getattr(self, f"{name}_codes")[...], getattr(self, f"{name}_scales")[...]
-            return MXFP4Array(codes, scales, self.features, -1)
-        return getattr(self, name)[...]
+        if self.form.weights == "float":
+            return getattr(self, name)[...]
+        codes, scales = getattr(self, f"{name}_codes")[...], getattr(self, f"{name}_scales")[...]
+        packed = MXFP4Array if self.form.weights == "mxfp4" else MXFP8Array
+        return packed(codes, scales, self.features, -1)
 
 
 class DecoderLayer(nnx.Module):
@@ -205,11 +224,14 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A decoder-only language model with its layers stacked: every parameter of ``layers`` is ``[L, ...]``.
+    """A decoder-only language model with its layers stacked.
+
+    Where all layers have the same formats, every parameter of ``layers`` is ``[L, ...]``; otherwise ``layers`` is a
+    list with such a stack for every run of :func:`runs`, ``layers[0]`` that of the first layers.
 
     Args:
       config: architecture.
-      formats: format of each site; float when left out.
+      formats: format of each site, for all layers or for one layer after the other; float when left out.
       dtype: of the activations between layers; norms, attention scores and logits are computed in float32.
       rngs: for random float parameters; a model to be filled from a checkpoint is made without.
     """
@@ -217,7 +239,7 @@ class Decoder(nnx.Module):
     def __init__(
         self,
         config: DecoderConfig,
-        formats: Formats = FLOAT,
+        formats: Formats | Sequence[Formats] = FLOAT,
         *,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None = None,
@@ -228,7 +250,10 @@ class Decoder(nnx.Module):
         self.norm = nnx.Param(init.constant(1.0, (config.hidden_size,)))
         if not config.tie_embeddings:
             self.lm_head = nnx.Param(init.weight((config.vocab_size, config.hidden_size)))
-        self.layers = _stacked_layers(config, formats, init)
+        found = runs(config, formats)
+        self.run_lengths = tuple(count for count, _ in found)
+        stacks = _stacked_runs(config, found, init)
+        self.layers = stacks[0] if len(stacks) == 1 else nnx.List(stacks)
 
     def __call__(
         self, tokens: Int32[Array, "b t"], cache: KVCache | None = None
@@ -259,16 +284,18 @@ class Decoder(nnx.Module):
         x = self.embed[...][tokens].astype(self.dtype)
         start = jnp.int32(0) if cache is None else cache.length
         rope = rope_tables(self.config, start + jnp.arange(tokens.shape[1]))
-        graph, state = nnx.split(self.layers)
+        stacks = list(self.layers) if isinstance(self.layers, nnx.List) else [self.layers]
+
+        def layer(graph: Any, x: Array, state: Any) -> tuple[Array, None]:
+            return nnx.merge(graph, state)(x, rope)[0], None
 
         if cache is None:
+            for stack in stacks:
+                graph, state = nnx.split(stack)
+                x, _ = jax.lax.scan(functools.partial(layer, graph), x, state)
+            return x, None
 
-            def layer(x: Array, state: Any) -> tuple[Array, None]:
-                return nnx.merge(graph, state)(x, rope)[0], None
-
-            return jax.lax.scan(layer, x, state)[0], None
-
-        def cached_layer(carry: Any, scanned: Any) -> Any:
+        def cached_layer(graph: Any, carry: Any, scanned: Any) -> Any:
             # The whole cache is carried and updated in place; as a scanned output it would be copied.
             x, keys, values = carry
             index, state = scanned
@@ -276,9 +303,13 @@ class Decoder(nnx.Module):
             x, (k, v) = nnx.merge(graph, state)(x, rope, cache=own, start=start)
             return (x, keys.at[index].set(k), values.at[index].set(v)), None
 
-        carry = (x, cache.keys, cache.values)
-        indices = jnp.arange(self.config.num_layers)
-        (x, keys, values), _ = jax.lax.scan(cached_layer, carry, (indices, state))
+        carry, first = (x, cache.keys, cache.values), 0
+        for count, stack in zip(self.run_lengths, stacks, strict=True):
+            graph, state = nnx.split(stack)
+            indices = jnp.arange(first, first + count)
+            carry, _ = jax.lax.scan(functools.partial(cached_layer, graph), carry, (indices, state))
+            first += count
+        x, keys, values = carry
         return x, KVCache(keys, values, start + tokens.shape[1])
 
     def logits(self, x: Float[Array, "b t H"]) -> Float[Array, "b t V"]:
@@ -292,6 +323,26 @@ class Decoder(nnx.Module):
         shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
         zeros = jnp.zeros(shape, self.dtype if dtype is None else dtype)
         return KVCache(zeros, jnp.zeros_like(zeros), jnp.int32(0))
+
+
+def runs(config: DecoderConfig, formats: Formats | Sequence[Formats]) -> list[tuple[int, Formats]]:
+    """Runs of consecutive layers of equal formats: how many layers each has, and their formats.
+
+    Args:
+      config: architecture.
+      formats: of all layers alike, or of one layer after the other.
+
+    Raises:
+      TorqError: formats of another number of layers than the model has.
+    """
+    if isinstance(formats, Mapping):
+        return [(config.num_layers, formats)]
+    if len(formats) != config.num_layers:
+        raise TorqError(
+            f"formats of {len(formats)} layers for a model of {config.num_layers}: give one for each layer, or "
+            "one alone for all"
+        )
+    return [(len(list(same)), dict(own)) for own, same in itertools.groupby(map(dict, formats))]
 
 
 def make_layer(config: DecoderConfig, formats: Formats = FLOAT) -> tuple[nnx.GraphDef, dict[str, Any]]:
@@ -442,15 +493,30 @@ class _Init:
         return jnp.broadcast_to(jnp.eye(shape[-1], dtype=jnp.bfloat16), shape)
 
 
-def _stacked_layers(config: DecoderConfig, formats: Formats, init: _Init) -> DecoderLayer:
+def _stacked_runs(
+    config: DecoderConfig, found: Sequence[tuple[int, Formats]], init: _Init
+) -> list[DecoderLayer]:
+    """One stack of layers for each of :func:`runs`."""
+    keys = None
+    if init.key is not None:
+        init.key, own = jax.random.split(init.key)
+        keys = jax.random.split(own, config.num_layers)  # one a layer, however they are divided into runs
+    stacks, first = [], 0
+    for count, formats in found:
+        part = None if keys is None else keys[first : first + count]
+        stacks.append(_stacked_layers(config, formats, count, part))
+        first += count
+    return stacks
+
+
+def _stacked_layers(config: DecoderConfig, formats: Formats, count: int, keys: Array | None) -> DecoderLayer:
     graph, _ = make_layer(config, formats)
-    if init.key is None:
+    if keys is None:
         one = nnx.split(DecoderLayer(config, formats, _Init(None)))[1]
-        stack = lambda x: jnp.broadcast_to(x, (config.num_layers, *x.shape))  # noqa: E731
+        stack = lambda x: jnp.broadcast_to(x, (count, *x.shape))  # noqa: E731
         return nnx.merge(graph, jax.tree.map(stack, one))
-    init.key, own = jax.random.split(init.key)
     make = lambda key: nnx.split(DecoderLayer(config, formats, _Init(key)))[1]  # noqa: E731
-    return nnx.merge(graph, jax.vmap(make)(jax.random.split(own, config.num_layers)))
+    return nnx.merge(graph, jax.vmap(make)(keys))
 
 
 def _plain(tree: Any) -> Any:

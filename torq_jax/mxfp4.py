@@ -114,7 +114,7 @@ def quantize(x: Float[Array, ...], scale_rule: ScaleRule, *, axis: int = -1, pad
       TorqError: an unknown rule, a dtype other than those named, an axis out of range, or a length that is no
         multiple of 32 without ``pad=True``.
     """
-    return _quantize(x, scale_rule, *_check(x, scale_rule, axis, pad))
+    return _quantize(x, scale_rule, *check_input(x, scale_rule, axis, pad))
 
 
 def dequantize(q: MXFP4Array, dtype: Any = jnp.float32) -> Float[Array, ...]:
@@ -147,7 +147,7 @@ def quantize_dequantize(
 
     Arguments and errors are those of :func:`quantize`; shape and dtype are those of ``x``.
     """
-    return _quantize_dequantize(x, scale_rule, *_check(x, scale_rule, axis, pad))
+    return _quantize_dequantize(x, scale_rule, *check_input(x, scale_rule, axis, pad))
 
 
 def unpack(codes: UInt8[Array, "*b n"]) -> UInt8[Array, "*b 2*n"]:
@@ -170,7 +170,7 @@ def amax_exponent(
     blocks: Float[Array, "*b 32"], scale_rule: Literal["floor", "ceil", "even"]
 ) -> Int32[Array, "*b"]:
     """Exponent that a rule gives each block by its largest magnitude; at least -127. Blocks are finite."""
-    amax = jnp.max(_float32_bits(blocks) & 0x7FFFFFFF, axis=-1)
+    amax = jnp.max(float32_bits(blocks) & 0x7FFFFFFF, axis=-1)
     return _amax_exponent(amax, scale_rule)
 
 
@@ -179,10 +179,12 @@ def _amax_exponent(amax: Array, scale_rule: str) -> Array:
     return jnp.maximum(((amax + _CARRY[scale_rule]) >> _MANTISSA) - 129, -SCALE_BIAS)
 
 
-def _check(x: Array, scale_rule: str, axis: int, pad: bool) -> tuple[int, int]:
+def check_input(
+    x: Array, scale_rule: str, axis: int, pad: bool, rules: tuple[str, ...] = SCALE_RULES
+) -> tuple[int, int]:
     """Validate the arguments of quantize; the axis from the end and its padded length."""
-    if scale_rule not in SCALE_RULES:
-        raise TorqError(f"unknown scale rule {scale_rule!r}: must be one of {', '.join(SCALE_RULES)}")
+    if scale_rule not in rules:
+        raise TorqError(f"unknown scale rule {scale_rule!r}: must be one of {', '.join(rules)}")
     dtype = np.dtype(getattr(x, "dtype", type(x)))  # not result_type, which calls numpy's float64 float32
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise TorqError(f"cannot quantise {dtype}: cast to float32, bfloat16 or float16 first")
@@ -202,8 +204,8 @@ def _check(x: Array, scale_rule: str, axis: int, pad: bool) -> tuple[int, int]:
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _quantize(x: Array, scale_rule: str, axis: int, padded: int) -> MXFP4Array:
     size = x.shape[axis]
-    codes, scales = _encode(_blocks(x, axis, padded), scale_rule)
-    packed = pack(_in_blocks(codes).reshape(*codes.shape[:-2], padded))
+    codes, scales = _encode(to_blocks(x, axis, padded), scale_rule)
+    packed = pack(in_blocks(codes).reshape(*codes.shape[:-2], padded))
     return MXFP4Array(jnp.moveaxis(packed, -1, axis), jnp.moveaxis(scales, -1, axis), size, axis)
 
 
@@ -219,12 +221,12 @@ def _dequantize(q: MXFP4Array, dtype: Any) -> Array:
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _quantize_dequantize(x: Array, scale_rule: str, axis: int, padded: int) -> Array:
     size = x.shape[axis]
-    codes, scales = _encode(_blocks(x, axis, padded), scale_rule)
-    values = _in_blocks(_decode(codes, scales, x.dtype))
+    codes, scales = _encode(to_blocks(x, axis, padded), scale_rule)
+    values = in_blocks(_decode(codes, scales, x.dtype))
     return jnp.moveaxis(values.reshape(*values.shape[:-2], padded)[..., :size], -1, axis)
 
 
-def _blocks(x: Array, axis: int, padded: int) -> Array:
+def to_blocks(x: Array, axis: int, padded: int) -> Array:
     """``[..., n, ...] -> [..., blocks, 32]``, padded with zeros."""
     x = jnp.moveaxis(x, axis, -1)
     if padded != x.shape[-1]:
@@ -232,7 +234,7 @@ def _blocks(x: Array, axis: int, padded: int) -> Array:
     return x.reshape(*x.shape[:-1], padded // BLOCK, BLOCK)
 
 
-def _in_blocks(x: Array) -> Array:
+def in_blocks(x: Array) -> Array:
     """``x [..., blocks, 32]`` unchanged, computed in loops over blocks where that matters.
 
     On a CPU, XLA otherwise merges the reshape that follows into the loop and works out each block's thresholds
@@ -241,7 +243,7 @@ def _in_blocks(x: Array) -> Array:
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
-def _float32_bits(x: Array) -> Int32[Array, ...]:
+def float32_bits(x: Array) -> Int32[Array, ...]:
     """Bit pattern of ``x`` as float32, exact for every dtype that is accepted."""
     if x.dtype == jnp.bfloat16:
         # By hand: a conversion may flush subnormals.
@@ -260,7 +262,7 @@ def _encode(
     blocks: Array, scale_rule: str
 ) -> tuple[UInt8[Array, "... blocks 32"], UInt8[Array, "... blocks"]]:
     """Codes (one a byte) and scale codes of ``[..., blocks, 32]``."""
-    bits = _float32_bits(blocks)
+    bits = float32_bits(blocks)
     magnitude = bits & 0x7FFFFFFF  # ordered as the magnitudes are
     sign = ((bits >> 28) & 8).astype(jnp.uint8)
     amax = jnp.max(magnitude, axis=-1)  # [..., blocks]
@@ -316,7 +318,7 @@ def _least_error_exponent(
     At most one neighbour is better. floor + 1 needs an element above 7, where 8 is nearer than 6. That element
     costs floor - 1, which saturates at 3, more than 15, and all others can win it 31/16 at most.
     """
-    y = _in_blocks(_fixed_point(magnitude, floor))
+    y = in_blocks(_fixed_point(magnitude, floor))
     q = _round_fixed_point(y, 0)
     up = _error_falls(y, q, _round_fixed_point(y, 1))
     down = _error_falls(y, q, _round_fixed_point(y, -1)) & (floor > -SCALE_BIAS)

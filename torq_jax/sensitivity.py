@@ -10,6 +10,10 @@ With F taken as a product of a token's part and a channel's part (K-FAC, arXiv 1
 (arXiv 2505.22988) use such gradients to round weights; here they shape the transforms as well. The same moment of
 the gradients at a weight's output is what rows of the weight make up for each other by (see
 :mod:`torq_jax.rounding`).
+
+What rounding a whole site would cost needs neither product nor transform: where the error of each block of 32 is in
+every direction alike and c times the block's energy, as it is after a Hadamard transform of each block, e F e^T is a
+sum over blocks of energies of x and u, token by token. That decides which sites are worth more bits.
 """
 
 from __future__ import annotations
@@ -22,9 +26,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from torq_jax import decoder
-from torq_jax.config import SITES, DecoderConfig
+from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
 from torq_jax.evaluate import log_probabilities
-from torq_jax.mxfp4 import padded_size
+from torq_jax.mxfp4 import BLOCK, padded_size
 from torq_jax.rounding import output_parts
 
 _CHUNK = 128
@@ -79,9 +83,12 @@ class LayerGradients(NamedTuple):
     outputs: dict[str, Float[Array, "parts size size"]]
     """Of every ``"site/weight"``, the same of the gradient with respect to the weight's output, in the parts of
     :func:`torq_jax.rounding.output_parts`; empty unless asked for."""
+    costs: dict[str, Float[Array, " operands"]]
+    """Of every site, what rounding its activation and what rounding its weights costs, summed over tokens: a format
+    of relative mean squared error c raises the loss by c / 2 times that. Empty unless asked for."""
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="outputs")
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("outputs", "costs"))
 def layer_gradients(
     config: DecoderConfig,
     parameters: Any,
@@ -89,6 +96,7 @@ def layer_gradients(
     cotangent: Float[Array, "1 t H"],
     *,
     outputs: bool = False,
+    costs: bool = False,
 ) -> LayerGradients:
     """Take a gradient back through one float layer.
 
@@ -98,6 +106,7 @@ def layer_gradients(
       x: residual stream that enters the layer.
       cotangent: gradient of the loss with respect to what leaves it.
       outputs: whether to gather moments of the gradients with respect to the weights' outputs.
+      costs: whether to model what rounding each site costs.
     """
     graph, _ = decoder.make_layer(config)
     rope = decoder.rope_tables(config, jnp.arange(x.shape[1]))
@@ -107,7 +116,7 @@ def layer_gradients(
         taps: dict[str, Array] = {}
 
         def record(name: str, value: Array) -> Array:
-            if outputs or name in SITES:
+            if outputs or costs or name in SITES:
                 taps[name] = value
             return value
 
@@ -116,10 +125,17 @@ def layer_gradients(
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(shapes, x))
 
-    def run(x: Array, probes: dict[str, Array]) -> Array:
-        return layer(x, rope, tap=lambda name, value: value + probes[name] if name in probes else value)[0]
+    def run(x: Array, probes: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        entered: dict[str, Array] = {}
 
-    _, pull = jax.vjp(run, x, zeros)
+        def probe(name: str, value: Array) -> Array:
+            if name in SITES:
+                entered[name] = value
+            return value + probes[name] if name in probes else value
+
+        return layer(x, rope, tap=probe)[0], entered
+
+    _, pull, entered = jax.vjp(run, x, zeros, has_aux=True)
     before, gradients = pull(cotangent.astype(x.dtype))
     energies, gains, by_output = {}, {}, {}
     for name, u in gradients.items():
@@ -128,8 +144,33 @@ def layer_gradients(
             flat = jnp.pad(flat, ((0, 0), (0, padded_size(flat.shape[1]) - flat.shape[1])))
             energies[name] = jnp.sum(flat * flat, axis=-1)
             gains[name] = jnp.einsum("tc,td->cd", flat, flat, precision=jax.lax.Precision.HIGHEST)
-        else:
+        elif outputs:
             count, size = output_parts(flat.shape[1])
             flat = jnp.pad(flat, ((0, 0), (0, count * size - flat.shape[1]))).reshape(-1, count, size)
             by_output[name] = jnp.einsum("tnp,tnq->npq", flat, flat, precision=jax.lax.Precision.HIGHEST)
-    return LayerGradients(before, energies, gains, by_output)
+    found = {s: _costs(s, entered[s], gradients, parameters[s]) for s in SITES} if costs else {}
+    return LayerGradients(before, energies, gains, by_output, found)
+
+
+def _costs(
+    site: str, x: Array, gradients: dict[str, Array], parameters: dict[str, Array]
+) -> Float[Array, " operands"]:
+    """Costs of rounding a site's activation and its weights; see :class:`LayerGradients`."""
+    x_energy, u_energy = _block_energies(x), _block_energies(gradients[site])  # [t, B]
+    activation = jnp.sum(x_energy * u_energy)
+    # An error of W[o, b] is seen by u[o] alone, through x[b].
+    by_weights = jnp.zeros_like(x_energy)
+    for name in SITE_WEIGHTS[site]:
+        u = gradients[f"{site}/{name}"]
+        u = u.reshape(-1, u.shape[-1]).astype(jnp.float32)
+        by_weights += jnp.matmul(
+            u * u, _block_energies(parameters[name]), precision=jax.lax.Precision.HIGHEST
+        )
+    return jnp.stack([activation, jnp.sum(x_energy * by_weights)]) / BLOCK
+
+
+def _block_energies(x: Float[Array, "*b features"]) -> Float[Array, "rows blocks"]:
+    """Sum of squares of each block of 32, the last one filled up with zeros."""
+    x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    x = jnp.pad(x, ((0, 0), (0, padded_size(x.shape[1]) - x.shape[1])))
+    return jnp.sum((x * x).reshape(x.shape[0], -1, BLOCK), axis=-1)
