@@ -76,8 +76,8 @@ def check_residual(config: DecoderConfig) -> None:
     """Raise ConversionError where the residual stream has no whole blocks to rotate."""
     if config.hidden_size % BLOCK:
         raise ConversionError(
-            f"--folded-only rotates the residual stream in blocks of {BLOCK}, and hidden_size {config.hidden_size} is "
-            "not a multiple of it: convert without --folded-only (and with --pad)"
+            f"--folded-only rotates the residual stream in blocks of {BLOCK}, and hidden_size "
+            f"{config.hidden_size} is not a multiple of it: convert without --folded-only (and with --pad)"
         )
 
 
@@ -192,6 +192,12 @@ def folded_into(config: DecoderConfig, *, fold: str, folded_only: bool) -> dict[
     return found
 
 
+def refused(config: DecoderConfig) -> dict[str, str]:
+    """Why a site's transform cannot be folded, where it cannot."""
+    refusal = folding.values_refusal(config)
+    return {} if refusal is None else {"attn_out": refusal}
+
+
 def function_error(
     config: DecoderConfig, original: Any, rewritten: Any, x: Any, *, rotated: bool
 ) -> dict[str, float]:
@@ -205,8 +211,8 @@ def function_error(
       rotated: whether the rewritten layer's stream is that of :func:`residual_rotated`.
 
     Returns:
-      For o and down, the root mean square over tokens of the relative error of a token's output. Each token counts the
-      same: the first one of a sequence, whose activations are hundreds of times larger, would hide the others.
+      For o and down, the root mean square over tokens of the relative error of a token's output. Each token counts
+      the same: the first one of a sequence, whose activations are hundreds of times larger, would hide the others.
     """
     before = decoder.run_outputs(config, original, rotate_columns(x[0])[None] if rotated else x)
     after = decoder.run_outputs(config, rewritten, x)
@@ -217,12 +223,14 @@ def function_error(
         size = np.linalg.norm(y, axis=-1)
         error = np.linalg.norm(np.asarray(after[name][0], np.float64) - y, axis=-1)
         # A token without an output has no relative error; what it got is measured against the mean one.
-        found[name] = float(np.sqrt(np.mean((error / np.where(size > 0, size, max(size.mean(), 1e-30))) ** 2)))
+        found[name] = float(
+            np.sqrt(np.mean((error / np.where(size > 0, size, max(size.mean(), 1e-30))) ** 2))
+        )
     return found
 
 
 def untied_bytes(source: Source) -> int:
-    """Bytes of the output projection that a rotated source stores beside an embedding table once tied; 0 if not tied."""
+    """Bytes of the output projection that a rotated source stores where the original's was its embedding table."""
     if not isinstance(source, RotatedSource) or not source.original.config.tie_embeddings:
         return 0
     shape = (source.config.vocab_size, source.config.hidden_size)

@@ -76,9 +76,9 @@ def solve_values(
       ridge: added to the diagonals of both moments, in parts of the mean over the heads that share a transform.
 
     Returns:
-      ``[num_kv_heads, head_dim, head_dim]`` with Frobenius norms as of rotations, and a report: the modelled gain over
-      block Hadamard in dB (``block_gain_db``), the largest condition number, the steps taken, and ``plain_heads``,
-      those for which nothing better than a Hadamard matrix was found.
+      ``[num_kv_heads, head_dim, head_dim]`` with Frobenius norms as of rotations, and a report: the modelled gain
+      over block Hadamard in dB (``block_gain_db``), the largest condition number, the steps taken, and
+      ``plain_heads``, those for which nothing better than a Hadamard matrix was found.
 
     Raises:
       TorqError: a head_dim that :func:`values_refusal` refuses, moments of another size or not finite.
@@ -120,8 +120,8 @@ def solve_scales(
 ) -> tuple[Scales, dict[str, Any]]:
     """The scale of each feature that makes the modelled error of every block least.
 
-    By Cauchy and Schwarz ``(sum_j S_jj s_j^2) (sum_j G_jj / s_j^2)`` is least at ``s_j = (G_jj / S_jj)^(1/4)``. Blocks
-    whose modelled error does not fall (the ridge can see to that) keep a scale of one.
+    By Cauchy and Schwarz ``(sum_j S_jj s_j^2) (sum_j G_jj / s_j^2)`` is least at ``s_j = (G_jj / S_jj)^(1/4)``.
+    Blocks whose modelled error does not fall (the ridge can see to that) keep a scale of one.
 
     Args:
       second: second moment of the activation, ``d`` a multiple of 32.
@@ -144,7 +144,9 @@ def solve_scales(
     s, g = (np.diagonal(m).astype(np.float64).reshape(-1, BLOCK) for m in (second, gain))
     if not (np.isfinite(s).all() and np.isfinite(g).all()):
         raise TorqError("the second moment or the gain holds a NaN or an infinity: calibration failed")
-    raised_s, raised_g = (d + ridge * (mean + (mean <= 0)) for d in (s, g) for mean in [d.mean(-1, keepdims=True)])
+    raised_s, raised_g = (
+        d + ridge * (mean + (mean <= 0)) for d in (s, g) for mean in [d.mean(-1, keepdims=True)]
+    )
     scales = (raised_g / raised_s) ** 0.25
     scales /= np.exp(np.log(scales).mean(-1, keepdims=True))
     before = s.sum(-1) * g.sum(-1)
@@ -207,7 +209,9 @@ def fold_scales(parameters: Mapping[str, Any], site: str, scales: Scales) -> dic
       TorqError: another site, too few scales, or scales that are not positive.
     """
     if site not in SCALED_SITES:
-        raise TorqError(f"nothing before site {site!r} takes a scale: must be one of {', '.join(SCALED_SITES)}")
+        raise TorqError(
+            f"nothing before site {site!r} takes a scale: must be one of {', '.join(SCALED_SITES)}"
+        )
     own = dict(parameters[site])
     features = own[SITE_WEIGHTS[site][0]].shape[1]
     if scales.ndim != 1 or len(scales) < features or not (scales > 0).all():
@@ -304,7 +308,9 @@ def _heads(moment: np.ndarray, groups: int, size: int) -> Float64[np.ndarray, "g
 
 def _ridged(moments: Float64[np.ndarray, "g r p p"], ridge: float) -> Float64[np.ndarray, "g r p p"]:
     size = moments.shape[-1]
-    mean = np.trace(moments, axis1=2, axis2=3).mean(1) / size  # of a group: a head that is dead alone counts for little
+    mean = (
+        np.trace(moments, axis1=2, axis2=3).mean(1) / size
+    )  # of a group: a head that is dead alone counts for little
     return moments + (ridge * (mean + (mean <= 0)))[:, None, None, None] * np.eye(size)
 
 
@@ -385,7 +391,8 @@ def _head_errors(
         t, inverse = matrices[:, None], np.linalg.inv(matrices)[:, None]
         s, g = t.mT @ s @ t, inverse @ g @ inverse.mT
     traces = [
-        np.einsum("grbkbk->grb", m.reshape(*m.shape[:2], -1, BLOCK, m.shape[-1] // BLOCK, BLOCK)) for m in (s, g)
+        np.einsum("grbkbk->grb", m.reshape(*m.shape[:2], -1, BLOCK, m.shape[-1] // BLOCK, BLOCK))
+        for m in (s, g)
     ]
     return (traces[0] * traces[1]).sum((1, 2)) / BLOCK
 
@@ -397,7 +404,9 @@ def _dual(transform: Matrices | Scales) -> Any:
     try:
         return np.linalg.inv(transform).mT
     except np.linalg.LinAlgError as error:
-        raise TorqError(f"a transform of shape {transform.shape} is singular: solve the site again") from error
+        raise TorqError(
+            f"a transform of shape {transform.shape} is singular: solve the site again"
+        ) from error
 
 
 def _right(x: Float[np.ndarray, "m d"], transform: Matrices | Scales) -> Float64[np.ndarray, "m d"]:
@@ -412,7 +421,9 @@ def _right(x: Float[np.ndarray, "m d"], transform: Matrices | Scales) -> Float64
 def _congruence(moment: np.ndarray, transform: Matrices | Scales) -> np.ndarray:
     """``T^T moment T`` in the moment's own dtype."""
     if transform.ndim == 1:
-        narrow = transform.astype(moment.dtype)  # as large as a site's moment is, one temporary of it is enough
+        narrow = transform.astype(
+            moment.dtype
+        )  # as large as a site's moment is, one temporary of it is enough
         return moment * narrow[:, None] * narrow
     half = _right(moment, transform)
     found = _right(np.ascontiguousarray(half.T), transform)
