@@ -666,7 +666,7 @@ class _Run:
         rotated = self.original is not self.source
         original = read_layer(self.original, index) if rotated else parameters
         errors = folding.function_error(self.config, original, folds.parameters, entered, rotated=rotated)
-        for name, error in errors.items():
+        for name, error in sorted(errors.items(), key=lambda item: -item[1]):  # the worst is told
             if not error <= FOLD_TOLERANCE:
                 raise ConversionError(
                     f"layer {index}: folding changed the float output of {name} by {error:.2e} (relative), more than "
