@@ -69,12 +69,24 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, help="directory to write (default: the model's name and -METHOD-mxfp4)"
     )
     p.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
-    p.add_argument("--method", default="two_level", choices=solvers.METHODS, help="what finds the rotations")
+    p.add_argument("--method", choices=solvers.METHODS, help="what finds the rotations (default: two_level)")
     p.add_argument(
         "--option",
         action="append",
         metavar="NAME=VALUE",
         help="an option of the method, e.g. form=per_position",
+    )
+    p.add_argument(
+        "--fold",
+        choices=pipeline.FOLDS,
+        help="what becomes of the transform before o: free lets v take it, so that it costs nothing online "
+        "(default: none, the method's own runs online)",
+    )
+    p.add_argument(
+        "--folded-only",
+        action="store_true",
+        help="nothing runs online but the MXFP4 cast: every transform is folded into a neighbouring weight; "
+        "a method of its own, instead of --method",
     )
     p.add_argument("--weights", default="mxfp4", choices=("mxfp4", "bf16"))
     p.add_argument("--activations", default="mxfp4", choices=("mxfp4", "bf16"))
@@ -145,7 +157,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     console = Console(quiet=options.quiet)
     errors = Console(stderr=True, soft_wrap=True)
-    for name, value in (DEMO_DEFAULTS if options.demo else DEFAULTS).items():
+    defaults = DEMO_DEFAULTS if options.demo else DEFAULTS
+    if options.demo and options.folded_only:
+        defaults = defaults | {"compare": "none,hadamard+nearest"}  # no statistics of the model as it was
+    for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     try:
@@ -166,7 +181,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     if unknown := set(modes) - {"w4a4", "a4", "w4"}:
         raise ConversionError(f"unknown mode {unknown.pop()!r} in --modes: must be one of w4a4, a4, w4")
     settings = pipeline.Settings(
-        method=options.method,
+        method=_method(options),
         weights=options.weights,
         activations=options.activations,
         weight_scale=options.weight_scale,
@@ -184,11 +199,13 @@ def run(options: argparse.Namespace, console: Console) -> None:
         mixed=options.mixed,
         compare=_split(options.compare),
         modes=modes,
+        fold="free" if options.folded_only else options.fold or "none",
+        folded_only=options.folded_only,
     )
     say = functools.partial(console.print, markup=False, highlight=False)
     spec = str(sources.fetch_demo(progress=say)) if options.demo else options.hf
     source = sources.open_source(spec, revision=options.revision, progress=say)
-    out = options.out or Path(default_name(source.name, options.method))
+    out = options.out or Path(default_name(source.name, settings.method))
     pipeline.check(source.config, settings)
     checkpoint.check_target(out, overwrite=options.overwrite)  # before the minutes that follow, not after
 
@@ -230,6 +247,20 @@ def run(options: argparse.Namespace, console: Console) -> None:
         f"\ncheckpoint  {out}\nreport      {out / 'report.html'}\n"
         f'try         python -m torq_jax.generate {out} --prompt "..."'
     )
+
+
+def _method(options: argparse.Namespace) -> str:
+    """The method that was asked for; refused where ``--folded-only`` leaves no choice."""
+    if not options.folded_only:
+        return options.method or "two_level"
+    for name in ("method", "option", "fold"):
+        value = getattr(options, name)
+        if value not in (None, []) and value != "free":
+            given = " ".join(value) if isinstance(value, list) else value
+            raise ConversionError(
+                f"--{name} {given} with --folded-only: nothing of it would run online: leave out one of the two"
+            )
+    return pipeline.FOLDED
 
 
 def default_name(name: str, method: str) -> str:

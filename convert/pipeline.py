@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert import gradients, mixed, names, report, streams
+from convert import folding, gradients, mixed, names, report, streams
 from convert.calibration import Calibration
 from convert.progress import LayerProgress
 from convert.sources import Source
@@ -62,6 +62,12 @@ SENSITIVITIES = ("loss", "output")
 
 TARGETS = ("exact", "rounded")
 """What rounded weights can aim at."""
+
+FOLDS = ("none", "free")
+"""What becomes of ``attn_out``'s transform: it runs online, or v takes it (see :mod:`torq_jax.folding`)."""
+
+FOLDED = "folded"
+"""Name of the method under which nothing runs online: what is chosen with ``folded_only``."""
 
 _DIAGNOSTIC_TOKENS = 256
 
@@ -102,6 +108,10 @@ class Settings:
     """Methods evaluated beside the chosen one, with their rounding where it is another: ``"hadamard+gptq"``."""
     modes: tuple[str, ...] = ()
     """Of ``"w4a4"``, ``"a4"``, ``"w4"``: formats evaluated beside the chosen one, for every method."""
+    fold: str = "none"
+    """Of the chosen method: one of :data:`FOLDS`."""
+    folded_only: bool = False
+    """Nothing runs online but the cast: the method is :data:`FOLDED`, and ``fold`` ``"free"``."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionary for the manifest and the report."""
@@ -222,8 +232,10 @@ def convert(
       ConversionError: settings or a source that cannot be converted, or a checkpoint that cannot be written.
         Nothing is left at ``out`` then.
     """
+    check(source.config, settings)
+    if settings.folded_only:
+        source = folding.residual_rotated(source)
     config = source.config
-    check(config, settings)
     checkpoint.check_target(out, overwrite=overwrite)
     run = _Run(source, settings, calibration, evaluation)
     needed = _checkpoint_bytes(source, settings) + (run.stream_bytes() if run.in_files() else 0)
@@ -257,6 +269,7 @@ def convert(
                 "name": source.name,
                 "config": config.to_json(),
                 **run.stored_formats(),
+                "folded": run.folded,
                 "float_dtype": str(np.dtype(source.float_dtype)),
                 "settings": settings.to_json(),
                 "calibration": calibration.to_json(),
@@ -278,10 +291,13 @@ def check(config: DecoderConfig, settings: Settings) -> None:
             raise ConversionError(
                 f"unknown rounding {rounded!r} for method {method!r}: must be one of {', '.join(ROUNDINGS)}"
             )
+        if method == FOLDED and settings.folded_only:
+            continue
         try:
             solvers.check_options(method, method_options(method, settings))
         except TorqError as error:
             raise ConversionError(str(error)) from error
+    check_folding(config, settings)
     if settings.order not in rounding.ORDERS:
         raise ConversionError(
             f"unknown order {settings.order!r}: must be one of {', '.join(rounding.ORDERS)}"
@@ -304,8 +320,10 @@ def check(config: DecoderConfig, settings: Settings) -> None:
             f"target {settings.target!r}, mean correction {settings.mean_correction}: activations are not rounded, "
             "so nothing is there to make up for: leave both out, or pass --activations mxfp4"
         )
-    if settings.prescale and settings.method == "none":
-        raise ConversionError("prescale needs a method that runs a matrix inside blocks: 'none' runs nothing")
+    if settings.prescale and settings.method in ("none", FOLDED):
+        raise ConversionError(
+            f"prescale needs a method that runs a matrix inside blocks: {settings.method!r} runs none"
+        )
     if settings.mixed is not None:
         mixed.check(
             settings.mixed,
@@ -333,6 +351,34 @@ def check(config: DecoderConfig, settings: Settings) -> None:
                 f"{what} {size} is not a multiple of {mxfp4.BLOCK}: pass --pad to fill the blocks of {site} up "
                 f"with zeros to {mxfp4.padded_size(size)}"
             )
+
+
+def check_folding(config: DecoderConfig, settings: Settings) -> None:
+    """Raise ConversionError for ways to fold that do not exist, or that other settings contradict."""
+    if settings.fold not in FOLDS:
+        raise ConversionError(f"unknown fold {settings.fold!r}: must be one of {', '.join(FOLDS)}")
+    if not settings.folded_only:
+        return
+    if settings.method != FOLDED or settings.fold != "free" or settings.options:
+        raise ConversionError(
+            f"folded_only with method {settings.method!r}, fold {settings.fold!r} and options "
+            f"{dict(settings.options)}: it has a method of its own: must be {FOLDED!r}, 'free' and none"
+        )
+    folding.check_residual(config)
+    for method, rounded in compared(settings):
+        # These rows are of the model as it was, the statistics of the rotated one.
+        if method != FOLDED and (rounded != "nearest" or solvers.needs_moments(method) != "none"):
+            raise ConversionError(
+                f"--compare {method}+{rounded} needs statistics of the model as it was, and --folded-only gathers "
+                f"those of the folded one: must be {FOLDED}, or none, hadamard, random or full_hadamard with +nearest"
+            )
+
+
+def site_method(method: str, site: str, settings: Settings, folded: Mapping[str, str]) -> str:
+    """The method that solves a site for the online part: ``none`` where its transform is folded."""
+    if method == FOLDED or (method == settings.method and site in folded):
+        return "none"
+    return method
 
 
 def method_options(method: str, settings: Settings) -> dict[str, Any]:
@@ -556,13 +602,17 @@ class _Run:
         self, source: Source, settings: Settings, calibration: Calibration, evaluation: Evaluation | None
     ):
         self.source, self.settings, self.config = source, settings, source.config
+        self.original = source.original if isinstance(source, folding.RotatedSource) else source
+        """The source of the rows that are compared: what ``source`` was before it was rotated."""
+        self.folded = folding.folded_into(source.config, fold=settings.fold, folded_only=settings.folded_only)
+        self.fold_errors: dict[str, float] = {}
         self.calibration, self.evaluation = calibration, evaluation
         self.variants = variants(settings) if evaluation is not None else []
         self.chosen = chosen_variant(settings)
         self.methods = list(dict.fromkeys([settings.method, *(v.method for v in self.variants if v.method)]))
         needed = {solvers.needs_moments(m) for m in self.methods}
         roundings = {v.rounding for v in (self.chosen, *self.variants)}
-        if roundings - {"nearest"}:
+        if roundings - {"nearest"} or self.folded:
             needed.add("full")
         self.two_sided = "two_sided" in roundings
         self.moments: statistics.Moments = next(m for m in ("full", "inter", "none") if m in needed)  # type: ignore[assignment]
@@ -613,7 +663,7 @@ class _Run:
         table = self.source.read(names.outer_tensors(self.config)["embed"])
         stored = np.dtype(self.source.float_dtype)
 
-        def start(name: str, tokens: np.ndarray, dtype: Any) -> streams.Stream:
+        def start(name: str, tokens: np.ndarray, dtype: Any, table: np.ndarray = table) -> streams.Stream:
             arrays = (table[row][None].astype(dtype).astype(np.float32) for row in tokens)
             return streams.FileStream(folder / name, arrays) if self.in_files() else list(arrays)
 
@@ -621,8 +671,12 @@ class _Run:
         self.streams = {
             v: start(v.label, self.evaluation.tokens, table.dtype if v is FLOAT else stored)
             for v in self.variants
-            if self.evaluation is not None
+            if self.evaluation is not None and not self.is_original(v)
         }
+        rest = [v for v in self.variants if self.is_original(v)]
+        if rest and self.evaluation is not None:
+            table = self.original.read(names.outer_tensors(self.original.config)["embed"])
+            self.streams |= {v: start(v.label, self.evaluation.tokens, stored, table) for v in rest}
 
     def clear(self) -> None:
         """Drop the streams, and their files."""
@@ -639,13 +693,17 @@ class _Run:
             parameters = read_layer(self.source, index)
         graph, _ = decoder.make_layer(self.config)
         progress.stage("statistics")
+        entered = self.stream[0] if self.folded else None
         with self.timed("statistics"):
             gathered = self.calibrate(graph, parameters, index)
             if FLOAT in self.streams:
                 self.advance(FLOAT, graph, parameters, index)
 
+        read, measured = parameters, gathered
         for method in self.methods:
             progress.stage(method)
+            with self.timed("folding") if self.folded else contextlib.nullcontext():
+                parameters, gathered, folds = self.present(method, index, read, measured, entered)
             shared = {k: v for k, v in parameters.items() if k not in SITES}
             rows = [v for v in self.variants if v.method == method]
             # The chosen one is written even where nothing is evaluated.
@@ -662,17 +720,20 @@ class _Run:
                     outputs = None
                     if "two_sided" in roundings and self.sensitivity is not None:
                         outputs = self.sensitivity.outputs(index, site)
+                        outputs = outputs if folds is None else folds.outputs(site, outputs)
                     solved = solve_site(
                         site,
                         gathered[site],
                         parameters[site],
                         self.settings,
-                        method,
+                        site_method(method, site, self.settings, self.folded),
                         second=roundings != {"nearest"},
                         outputs=outputs,
                     )
                     self.solver_seconds[method] = self.solver_seconds.get(method, 0.0) + solved.seconds
                     sites[site] = solved
+                    if folds is not None:
+                        solved.report.update(folds.reports.get(site, {}))
             if method == self.settings.method and second_pass(self.settings):
                 progress.stage("rounded statistics")
                 with self.timed("rounded statistics"):
@@ -724,6 +785,42 @@ class _Run:
                 for variant in rows:
                     quantised, _ = decoder.make_layer(self.config, formats[variant])
                     self.advance(variant, quantised, layers[variant], index)
+
+    def is_original(self, variant: Variant) -> bool:
+        """Whether a row is of the model as it was while the source is rotated."""
+        return variant.method not in (None, self.settings.method) and self.original is not self.source
+
+    def present(
+        self,
+        method: str,
+        index: int,
+        parameters: dict[str, Any],
+        gathered: dict[str, SiteStatistics],
+        entered: Any,
+    ) -> tuple[dict[str, Any], dict[str, SiteStatistics], folding.FoldedLayer | None]:
+        """Parameters and statistics of a layer as ``method`` sees them: folded ones only the chosen method.
+
+        ``entered`` is one calibration sequence ``[1, t, H]`` before the layer, on which the folded one must agree
+        with the original.
+        """
+        if method != self.settings.method:
+            own = parameters if self.original is self.source else read_layer(self.original, index)
+            return own, gathered, None
+        if not self.folded:
+            return parameters, gathered, None
+        folds = folding.fold_layer(self.config, parameters, gathered, scales=self.settings.folded_only)
+        rotated = self.original is not self.source
+        original = read_layer(self.original, index) if rotated else parameters
+        errors = folding.function_error(self.config, original, folds.parameters, entered, rotated=rotated)
+        for name, error in sorted(errors.items(), key=lambda item: -item[1]):  # the worst is told
+            if not error <= FOLD_TOLERANCE:
+                raise ConversionError(
+                    f"layer {index}: folding changed the float output of {name} by {error:.2e} (relative), more than "
+                    f"{FOLD_TOLERANCE:.0e}: a transform is too badly conditioned to use: convert without --fold and "
+                    "--folded-only"
+                )
+            self.fold_errors[name] = max(error, self.fold_errors.get(name, 0.0))
+        return folds.parameters, folds.statistics, folds
 
     def calibrate(self, graph: Any, parameters: Any, index: int) -> dict[str, SiteStatistics]:
         """Statistics of every site from the calibration stream, which moves on to the next layer."""
@@ -861,6 +958,9 @@ class _Run:
                 "output_sqnr_db": _sqnr(exact, full),
                 "output_sqnr_a4_db": _sqnr(exact, a4),
                 "fold_error": fold_error,
+                "online": online_parts(form),
+                "folded_into": self.folded.get(site),
+                "multiply_adds": size * sum(self.config.site_out_features(site).values()),
                 "online_multiply_adds": 0 if cost is None else int(cost.multiply_adds),
                 "online_bytes": 0 if cost is None else int(cost.bytes_read),
                 "orthogonality_error": float(error),
@@ -902,14 +1002,13 @@ class _Run:
         """The evaluated table: perplexities, and the difference to float with its paired standard error."""
         if self.evaluation is None:
             return []
-        head = self.source.read(
-            names.outer_tensors(self.config)["embed" if self.config.tie_embeddings else "lm_head"]
-        )
-        norm = self.stored_outer("norm")
-        original, stored = jnp.asarray(head), jnp.asarray(head.astype(self.source.float_dtype, copy=False))
+        outer = {False: self.head(self.source)}
+        if any(self.is_original(v) for v in self.variants):
+            outer[True] = self.head(self.original)
         losses = {}
         for variant, stream in self.streams.items():
-            own = original if variant is FLOAT else stored
+            norm, exact, stored, _ = outer[self.is_original(variant)]
+            own = exact if variant is FLOAT else stored
             losses[variant] = np.concatenate(
                 [
                     evaluate.negative_log_likelihood(
@@ -918,10 +1017,9 @@ class _Run:
                     for x, t in zip(stream, self.evaluation.tokens, strict=True)
                 ]
             ).mean(-1, dtype=np.float64)
-        itemsize = np.dtype(self.source.float_dtype).itemsize
-        outer = norm.nbytes + head.size * itemsize * (1 if self.config.tie_embeddings else 2)
         table = []
         for variant in self.variants:
+            outer_bytes = outer[self.is_original(variant)][-1]
             own_loss = losses[variant]
             delta = evaluate.estimate_json(evaluate.estimate(own_loss - losses[FLOAT]))
             table.append(
@@ -932,7 +1030,7 @@ class _Run:
                     "weights": "float" if variant.weights == "bf16" else variant.weights,
                     "activations": "float" if variant.activations == "bf16" else variant.activations,
                     "chosen": variant == self.chosen,
-                    "bytes": self.original_bytes() if variant is FLOAT else self.bytes[variant] + outer,
+                    "bytes": self.original_bytes() if variant is FLOAT else self.bytes[variant] + outer_bytes,
                     "perplexity": float(np.exp(own_loss.mean())),
                     "nll": float(own_loss.mean()),
                     "delta_nats": None if variant is FLOAT else delta["mean"],
@@ -949,9 +1047,19 @@ class _Run:
         pure = dataclasses.replace(variant, mixed=False).label
         return f"{pure}, {count} site{'s' * (count != 1)} MXFP8"
 
+    def head(self, source: Source) -> tuple[np.ndarray, Any, Any, int]:
+        """Final norm, output projection as read and as stored, and the bytes of all that lies outside the layers."""
+        config = source.config
+        tensors = names.outer_tensors(config)
+        head = source.read(tensors["embed" if config.tie_embeddings else "lm_head"])
+        norm = source.read(tensors["norm"]).astype(np.float32)
+        stored = head.astype(source.float_dtype, copy=False)
+        size = norm.nbytes + stored.nbytes * (1 if config.tie_embeddings else 2)
+        return norm, jnp.asarray(head), jnp.asarray(stored), size
+
     def parameters(self) -> int:
-        """Elements of all of the source's tensors."""
-        return sum(int(np.prod(shape)) for shape in names.expected_tensors(self.config).values())
+        """Elements of all of the original's tensors."""
+        return sum(int(np.prod(shape)) for shape in names.expected_tensors(self.original.config).values())
 
     def original_bytes(self) -> int:
         """Bytes of the float model in the dtype that its checkpoint has, or would have."""
@@ -987,6 +1095,7 @@ class _Run:
                 "linear_bytes": self.linear_bytes,
                 "bits_per_weight": 8 * self.linear_bytes / config.linear_parameters(),
             },
+            "folding": None if self.settings.fold == "none" else self.folding(),
             "sites": self.sites,
             "mixed": None if self.choice is None else self.choice.to_json(),
             "plots": {
@@ -1006,6 +1115,16 @@ class _Run:
             "warnings": self.warnings(),
         }
 
+    def folding(self) -> dict[str, Any]:
+        """What was folded into what, and how exactly."""
+        return {
+            "into": self.folded,
+            "refused": folding.refused(self.config),
+            "function_error": self.fold_errors,
+            "tolerance": FOLD_TOLERANCE,
+            "untied_bytes": folding.untied_bytes(self.source),
+        }
+
     def warnings(self) -> list[str]:
         """What a reader of the report must not overlook."""
         found = []
@@ -1015,6 +1134,14 @@ class _Run:
             found.append("not evaluated: pass --evaluate FILE to measure the perplexity")
         if self.choice is not None and not self.choice.sites:
             found.append(mixed.nothing_chosen(self.config, self.choice))
+        if self.settings.fold != "none":
+            outcome = "no transform at all" if self.settings.folded_only else "its transform runs online"
+            found += [f"{site}: {why}: {outcome}" for site, why in folding.refused(self.config).items()]
+        if untied := folding.untied_bytes(self.source):
+            found.append(
+                f"the rotated residual stream unties the embeddings: {untied / 1e6:.1f} MB of output projection are "
+                "stored beside them"
+            )
         return found
 
 

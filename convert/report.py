@@ -125,7 +125,20 @@ class SiteReport(TypedDict):
     online_bytes: int  # of rotation matrices
     orthogonality_error: float
     weights: NotRequired[str]  # format of the stored weights
+    multiply_adds: NotRequired[int]  # a token, of the site's linear layers
+    online: NotRequired[list[str]]  # what runs on every token
+    folded_into: NotRequired[str | None]  # what took the transform, or a part of it, for free
     solver: NotRequired[dict[str, Any]]
+
+
+class FoldingReport(TypedDict):
+    """What was folded into neighbouring weights, so that it costs nothing online."""
+
+    into: dict[str, str]  # site -> what took its transform
+    refused: dict[str, str]  # site -> why nothing could
+    function_error: dict[str, float]  # of the outputs of o and down: largest relative change over layers
+    tolerance: float
+    untied_bytes: int  # of an output projection that was the embedding table before
 
 
 class MixedSite(TypedDict):
@@ -198,6 +211,7 @@ class Report(TypedDict):
     size: SizeReport
     sites: list[SiteReport]
     mixed: NotRequired[MixedReport | None]  # None where every site has the same format
+    folding: NotRequired[FoldingReport | None]
     plots: NotRequired[PlotsReport]
     samples: NotRequired[list[SampleReport]]
     timings: NotRequired[TimingsReport]
@@ -410,6 +424,54 @@ def _online_note(report: Mapping[str, Any]) -> str:
     )
 
 
+def online_table(report: Mapping[str, Any]) -> Table:
+    """What each kind of site runs on every token, its cost, and what took its transform for free.
+
+    Costs are means over layers; empty for reports that do not say what runs online.
+    """
+    rows = []
+    for name in _site_names(report):
+        sites = [s for s in report["sites"] if s["site"] == name]
+        if any("online" not in s for s in sites):
+            return Table("Online", (), ())
+        # Layers may differ in what they run: each way is told once.
+        parts = dict.fromkeys(", ".join(_online_part(p) for p in s["online"]) or "nothing" for s in sites)
+        operations, whole = (sum(s[k] for s in sites) for k in ("online_multiply_adds", "multiply_adds"))
+        rows.append(
+            (
+                name,
+                " or ".join(parts),
+                _quantity(operations / len(sites)),
+                _ratio(operations, whole),
+                " or ".join(dict.fromkeys(s.get("folded_into") or NONE for s in sites)),
+            )
+        )
+    columns = ("site", "runs online", "mult-adds", "of site's", "free, in")
+    return Table("Online by site", columns, tuple(rows), notes=_folding_notes(report))
+
+
+def _online_part(part: str) -> str:
+    """``inter rotation [2, 2]`` as ``inter 2×2``, and the cast without its scale rule, which the title tells."""
+    name, _, shape = part.partition(" rotation ")
+    if shape:
+        return f"{name} {shape.strip('[]').replace(', ', '×')}"
+    return "cast" if part.startswith("MXFP4 cast") else part
+
+
+def _folding_notes(report: Mapping[str, Any]) -> tuple[str, ...]:
+    notes = [
+        "mult-adds: of transforms, a token and layer; of site's: against those of its linear layers. "
+        "free, in: weights that took a transform, which then costs nothing."
+    ]
+    folds = report.get("folding")
+    if folds and folds["function_error"]:
+        worst = max(folds["function_error"].values())
+        notes.append(
+            f"Folded for free: the float layers' outputs changed by {_figure(worst, '.0e')} (relative) at most."
+        )
+    return tuple(notes)
+
+
 def layer_table(report: Mapping[str, Any]) -> Table:
     """Diagnostics of every site of every layer."""
     order = {name: i for i, name in enumerate(_site_names(report))}
@@ -442,7 +504,7 @@ def _title_lines(report: Mapping[str, Any]) -> list[str]:
         f"{model['architecture']}, {model['layers']} layers of {model['hidden_size']}, "
         f"{_quantity(model['parameters'])} parameters, "
         f"{_quantity(model['linear_parameters'])} of them in linear layers",
-        f"method {settings['method']}, {', '.join(rules)}, seed {settings['seed']}",
+        f"method {settings['method']}{_fold_title(report)}, {', '.join(rules)}, seed {settings['seed']}",
         f"calibrated on {calibration['sequences']} × {calibration['sequence_length']} tokens of "
         f"{calibration['source']}{digest}",
         *([_mixed_line(report["mixed"])] if report.get("mixed") else []),
@@ -487,6 +549,14 @@ def mixed_table(report: Mapping[str, Any]) -> Table:
     )
     columns = ("layer, site", "share", "activation", "weights", "bytes")
     return Table("Sites kept at MXFP8", columns, rows, notes=(note,))
+
+
+def _fold_title(report: Mapping[str, Any]) -> str:
+    """Says of a method with transforms of its own which of them was folded."""
+    folds = report.get("folding")
+    if not folds or not folds["into"] or report["settings"].get("folded_only"):
+        return ""
+    return " (" + ", ".join(f"{site}'s transform in {into}" for site, into in folds["into"].items()) + ")"
 
 
 def _cost_line(report: Mapping[str, Any]) -> str | None:
@@ -535,7 +605,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     console.print(text(report["model"]["name"], "bold"))
     for line in _title_lines(report):
         console.print(text(line))
-    for table in (main_table(report), summary_table(report)):
+    for table in (main_table(report), summary_table(report), online_table(report)):
         if not table.rows:
             continue
         console.print()
@@ -861,7 +931,11 @@ def render_page(report: Mapping[str, Any], light: Mapping[str, bytes], dark: Map
         name=report["model"]["name"],
         lines=_title_lines(report),
         warnings=report.get("warnings") or (),
-        tables=[t for t in (main_table(report), mixed_table(report), summary_table(report)) if t.rows],
+        tables=[
+            t
+            for t in (main_table(report), mixed_table(report), summary_table(report), online_table(report))
+            if t.rows
+        ],
         layers=layer_table(report),
         plots=plots,
         samples=report.get("samples") or (),

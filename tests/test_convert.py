@@ -211,7 +211,7 @@ def test_making_up_for_activations_that_are_not_rounded_is_refused(tmp_path, cap
     options = ["--hf", GOLDENS / "llama3", "--out", tmp_path / "out", *SMALL, "--activations", "bf16"]
     assert "nothing is there to make up for" in error_of(capsys, *options, "--target", "rounded")
     assert "nothing is there to make up for" in error_of(capsys, *options, "--mean-correction")
-    assert "runs nothing" in error_of(capsys, *options, "--method", "none", "--prescale")
+    assert "runs none" in error_of(capsys, *options, "--method", "none", "--prescale")
 
 
 def test_two_sided_rounding_without_gradients_is_refused(tmp_path, capsys):

@@ -356,6 +356,24 @@ def merge_layer(graph: nnx.GraphDef, parameters: Mapping[str, Any]) -> DecoderLa
     return nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, _plain(parameters))))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def run_outputs(
+    config: DecoderConfig, parameters: Any, x: Float[Array, "b t H"]
+) -> dict[str, Float[Array, "b t H"]]:
+    """What the two halves of a float layer add to the residual stream ``x``: the outputs of o and of down."""
+    graph, _ = make_layer(config)
+    outputs: dict[str, Array] = {}
+
+    def record(name: str, value: Array) -> Array:
+        if name in ("attn_out/o", "mlp_out/down"):
+            outputs[name.split("/")[1]] = value
+        return value
+
+    rope = rope_tables(config, jnp.arange(x.shape[1]))
+    merge_layer(graph, parameters)(x, rope, tap=record)
+    return outputs
+
+
 def fill(model: Decoder, parameters: Mapping[str, Any]) -> Decoder:
     """``model`` with its parameters replaced by a nested dictionary of arrays of the same structure.
 
