@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks import nvfp4
 from benchmarks.machine import describe
-from convert import gradients, names, pipeline, sources
+from convert import folding, gradients, names, pipeline, sources
 from convert.progress import LayerProgress, progress
 from convert.sources import Source
 from torq_jax import checkpoint, decoder, evaluate
@@ -89,6 +89,7 @@ ENTRIES = (
     Entry("two_level, output", "two_level", "output", SHORT),
     Entry("two_level, orthogonal macro", "two_level", "loss", OURS, (("macro", "orthogonal"),)),
     Entry("two_level, budget 0.2", "two_level", "loss", OURS, (("budget", 0.2),)),
+    Entry("two_level, o's folded into v", "two_level", "loss", OURS, more=(("fold", "free"),)),
     Entry("two_level, prescale", "two_level", "loss", OURS, more=(("prescale", True),)),
     Entry("two_level, mean correction", "two_level", "loss", OURS, more=(("mean_correction", True),)),
     Entry("two_level, rounded target", "two_level", "loss", OURS, more=(("target", "rounded"),)),
@@ -200,16 +201,22 @@ def quantise_layer(
     """
     config, settings = source.config, entry.settings()
     begun, sites, reports = time.monotonic(), {}, []
+    found = {s: load(folder, source, layer, s, entry.sensitivity, parameters[s]) for s in SITES}
+    folds = None
+    if settings.fold == "free":
+        folds = folding.fold_layer(config, parameters, found, scales=False)
+        parameters, found = folds.parameters, folds.statistics
+    into = folding.folded_into(config, fold=settings.fold, folded_only=False)
     for site in SITES:
-        found = load(folder, source, layer, site, entry.sensitivity, parameters[site])
+        outputs = load_outputs(folder, layer, site) if "two_sided" in modes else None
         sites[site] = pipeline.solve_site(
             site,
-            found,
+            found[site],
             parameters[site],
             settings,
-            entry.method,
+            pipeline.site_method(entry.method, site, settings, into),
             second=bool({"gptq", "two_sided"} & set(modes)),
-            outputs=load_outputs(folder, layer, site) if "two_sided" in modes else None,
+            outputs=outputs if outputs is None or folds is None else folds.outputs(site, outputs),
         )
     if calibration is not None:
         graph, _ = decoder.make_layer(config)
