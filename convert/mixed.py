@@ -5,9 +5,9 @@ weights, for rounding that acts as it does after a Hadamard transform of each bl
 error, at every site alike. So sites are taken in the order of modelled loss a byte; one that no longer fits is passed
 over, and the budget is never exceeded.
 
-Energies rather than the rounding errors themselves: projected on the gradients, these make little of a site where one
-token has one huge value, since its error then lies along the activation. But its weights are multiplied by that value,
-and lose most there: chosen so, the same bytes saved less (SmolLM2-135M, Hadamard, each weight to its nearest value).
+Energies rather than the rounding errors themselves: projected on the gradients, these make little of a site where
+one token has one huge value, since its error lies along the activation then. Yet keeping the one such site of
+SmolLM2-135M, mlp_out of layer 11, at MXFP8 saved a ninth of the loss, about what its energies say.
 """
 
 from __future__ import annotations
