@@ -4,6 +4,10 @@ Rounding a site to MXFP4 costs, to second order, what :mod:`torq_jax.sensitivity
 weights, for rounding that acts as it does after a Hadamard transform of each block. MXFP8 makes 1/18 of the squared
 error, at every site alike. So sites are taken in the order of modelled loss a byte; one that no longer fits is passed
 over, and the budget is never exceeded.
+
+Energies rather than the rounding errors themselves: projected on the gradients, these make little of a site where
+one token has one huge value, since its error lies along the activation then. Yet keeping the one such site of
+SmolLM2-135M, mlp_out of layer 11, at MXFP8 saved a ninth of the loss, about what its energies say.
 """
 
 from __future__ import annotations
