@@ -35,7 +35,7 @@ _WRITERS = ("attn_out/o", "mlp_out/down")
 
 @dataclasses.dataclass(frozen=True)
 class RotatedSource(Source):
-    """A source whose residual stream is ``h R``, R a normalised Hadamard matrix inside every block of 32.
+    """A source whose residual stream is ``h R``: channels in another order, a Hadamard matrix in each block of 32.
 
     Its tensors are float32, its embeddings untied, and all norms on the residual stream are ones: their weights are
     in the columns that read them. ``tensors`` still says where the original's lie; the fingerprint is the original's.
@@ -44,6 +44,19 @@ class RotatedSource(Source):
     original: Source = dataclasses.field(kw_only=True)
     roles: Mapping[str, tuple[str, int]] = dataclasses.field(kw_only=True, repr=False)
     """Hugging Face name -> our key, and the layer or -1."""
+    order: np.ndarray = dataclasses.field(kw_only=True, repr=False)
+    """Of the channels, ``[H]``: see :func:`residual_order`."""
+
+    def rotate(
+        self, matrix: Float[np.ndarray, "rows H"], scale: Float[np.ndarray, " H"] | None = None
+    ) -> Float[np.ndarray, "rows H"]:
+        """``(matrix * scale) R``: see :func:`rotate_columns`."""
+        return rotate_columns(matrix, self.order, scale)
+
+    def unrotate(self, matrix: Float[np.ndarray, "rows H"]) -> Float[np.ndarray, "rows H"]:
+        """``matrix R^T``, in float32."""
+        plain = rotate_columns(matrix, np.arange(len(self.order)))  # the Hadamard matrix is its own inverse
+        return plain[:, np.argsort(self.order)]
 
     def read(self, name: str) -> np.ndarray:
         """As :meth:`convert.sources.Source.read`, rewritten.
@@ -54,21 +67,21 @@ class RotatedSource(Source):
         key, layer = self.roles.get(name, (None, -1))
         outer = names.outer_tensors(self.original.config)
         if key == "embed":
-            return rotate_columns(self.original.read(outer["embed"]))
+            return self.rotate(self.original.read(outer["embed"]))
         if key == "lm_head":
             tied = self.original.config.tie_embeddings
             head = self.original.read(outer["embed" if tied else "lm_head"])
-            return rotate_columns(head, self.original.read(outer["norm"]))
+            return self.rotate(head, self.original.read(outer["norm"]))
         if key in ("norm", "attn_in_norm", "mlp_in_norm"):
             return np.ones(self.config.hidden_size, np.float32)
         value = self.original.read(name)
         if key in _READERS:
             norm = names.layer_tensors(self.config, layer)[f"{key.split('/')[0]}_norm"]
-            return rotate_columns(value, self.original.read(norm))
+            return self.rotate(value, self.original.read(norm))
         if key in _WRITERS:
-            return np.ascontiguousarray(rotate_columns(value.T).T)
+            return np.ascontiguousarray(self.rotate(value.T).T)
         if key in tuple(f"{writer}_bias" for writer in _WRITERS):
-            return rotate_columns(value[None])[0]
+            return self.rotate(value[None])[0]
         return value
 
 
@@ -96,20 +109,47 @@ def residual_rotated(source: Source) -> RotatedSource:
     for layer in range(config.num_layers):
         roles |= {name: (key, layer) for key, name in names.layer_tensors(config, layer).items()}
     fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(Source)}
-    return RotatedSource(**{**fields, "config": config}, original=source, roles=roles)
+    return RotatedSource(
+        **{**fields, "config": config}, original=source, roles=roles, order=residual_order(source)
+    )
+
+
+def residual_order(source: Source) -> np.ndarray:
+    """Channels of the residual stream ``[H]``, those with the smallest norm weights first.
+
+    A few channels carry a hundred times the energy of the others, and the norms have learnt small weights for them.
+    A Hadamard matrix spreads what is in a block over all of it: the rounding errors of a loud channel, as large as it
+    is loud, over its neighbours. So the loud ones share blocks. No data is needed: the geometric mean of a channel's
+    weights over all norms follows its energy.
+    """
+    tensors = names.outer_tensors(source.config)
+    found = [tensors["norm"]]
+    for layer in range(source.config.num_layers):
+        own = names.layer_tensors(source.config, layer)
+        found += [own["attn_in_norm"], own["mlp_in_norm"]]
+    total = np.zeros(source.config.hidden_size)
+    for name in found:
+        weight = np.abs(source.read(name).astype(np.float64))
+        total += np.log(np.maximum(weight, 1e-6 * max(weight.max(), 1e-30)))  # a weight may be zero
+    return np.argsort(total, kind="stable")
 
 
 def rotate_columns(
-    matrix: Float[np.ndarray, "rows d"], scale: Float[np.ndarray, " d"] | None = None
+    matrix: Float[np.ndarray, "rows d"],
+    order: np.ndarray,
+    scale: Float[np.ndarray, " d"] | None = None,
 ) -> Float[np.ndarray, "rows d"]:
-    """``(matrix * scale) R`` in float32, of float64 products; ``d`` a multiple of 32."""
+    """``(matrix * scale) R`` in float32, of float64 products; ``d`` a multiple of 32.
+
+    R takes the columns in ``order``, and multiplies each block of 32 by a normalised Hadamard matrix.
+    """
     rotation = hadamard_matrix()
     found = np.empty(matrix.shape, np.float32)
     for start in range(0, len(matrix), _ROWS):
         rows = matrix[start : start + _ROWS].astype(np.float64)
         if scale is not None:
             rows *= scale.astype(np.float64)
-        found[start : start + _ROWS] = (rows.reshape(-1, BLOCK) @ rotation).reshape(rows.shape)
+        found[start : start + _ROWS] = (rows[:, order].reshape(-1, BLOCK) @ rotation).reshape(rows.shape)
     return found
 
 
@@ -198,28 +238,28 @@ def refused(config: DecoderConfig) -> dict[str, str]:
     return {} if refusal is None else {"attn_out": refusal}
 
 
-def function_error(
-    config: DecoderConfig, original: Any, rewritten: Any, x: Any, *, rotated: bool
-) -> dict[str, float]:
+def function_error(source: Source, original: Any, rewritten: Any, x: Any) -> dict[str, float]:
     """How far a rewritten layer is from the original one: the relative error of what each half adds to the stream.
 
     Args:
-      config: the decoder.
+      source: of the rewritten layer; its stream is rotated where it is a :class:`RotatedSource`.
       original: parameters of the original layer.
       rewritten: parameters of the rewritten one.
       x: residual stream ``[1, t, H]`` that enters the rewritten layer.
-      rotated: whether the rewritten layer's stream is that of :func:`residual_rotated`.
 
     Returns:
       For o and down, the root mean square over tokens of the relative error of a token's output. Each token counts
       the same: the first one of a sequence, whose activations are hundreds of times larger, would hide the others.
     """
-    before = decoder.run_outputs(config, original, rotate_columns(x[0])[None] if rotated else x)
-    after = decoder.run_outputs(config, rewritten, x)
+    rotated = source if isinstance(source, RotatedSource) else None
+    before = decoder.run_outputs(
+        source.config, original, x if rotated is None else rotated.unrotate(x[0])[None]
+    )
+    after = decoder.run_outputs(source.config, rewritten, x)
     found = {}
     for name, exact in before.items():
         y = np.asarray(exact[0], np.float64)
-        y = rotate_columns(y).astype(np.float64) if rotated else y
+        y = y if rotated is None else rotated.rotate(y).astype(np.float64)
         size = np.linalg.norm(y, axis=-1)
         error = np.linalg.norm(np.asarray(after[name][0], np.float64) - y, axis=-1)
         # A token without an output has no relative error; what it got is measured against the mean one.

@@ -809,9 +809,8 @@ class _Run:
         if not self.folded:
             return parameters, gathered, None
         folds = folding.fold_layer(self.config, parameters, gathered, scales=self.settings.folded_only)
-        rotated = self.original is not self.source
-        original = read_layer(self.original, index) if rotated else parameters
-        errors = folding.function_error(self.config, original, folds.parameters, entered, rotated=rotated)
+        original = parameters if self.original is self.source else read_layer(self.original, index)
+        errors = folding.function_error(self.source, original, folds.parameters, entered)
         for name, error in sorted(errors.items(), key=lambda item: -item[1]):  # the worst is told
             if not error <= FOLD_TOLERANCE:
                 raise ConversionError(

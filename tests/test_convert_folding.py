@@ -57,8 +57,28 @@ def test_a_rotated_source_is_the_same_model(name):
     np.testing.assert_allclose(model(tokens)[0], golden["logits"], atol=2e-4, rtol=0)
     # The stream itself is the original's, rotated.
     hidden = np.asarray(model_of(source).hidden(tokens)[0])
-    turned = (hidden.reshape(-1, 32) @ hadamard_matrix()).reshape(hidden.shape)
+    turned = (hidden[..., rotated.order].reshape(-1, 32) @ hadamard_matrix()).reshape(hidden.shape)
+    np.testing.assert_allclose(rotated.unrotate(turned[0]), hidden[0], atol=1e-6 * np.abs(hidden).max())
     np.testing.assert_allclose(model.hidden(tokens)[0], turned, atol=1e-5 * np.abs(hidden).max(), rtol=0)
+
+
+def test_loud_channels_share_blocks(tmp_path):
+    """Those with small norm weights come first; a weight of zero is no obstacle."""
+
+    def quieten(tensors):
+        for name, value in tensors.items():
+            if name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight")):
+                value = value.copy()
+                value[[7, 50]] = [0.0, 1e-3]
+                tensors[name] = value
+
+    _edit_llama(tmp_path / "loud", change=quieten)
+    source = sources.open_source(str(tmp_path / "loud"))
+    rotated = folding.residual_rotated(source)
+    assert list(rotated.order[:2]) == [7, 50] and sorted(rotated.order) == list(range(64))
+    tokens = jnp.arange(24)[None]
+    exact = np.asarray(model_of(source)(tokens)[0])
+    np.testing.assert_allclose(model_of(rotated)(tokens)[0], exact, atol=1e-5 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("scales", [False, True])

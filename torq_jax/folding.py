@@ -38,7 +38,8 @@ Scales = Float64[np.ndarray, " d"]
 SCALED_SITES = ("attn_in", "mlp_in", "mlp_out")
 """Sites whose activation takes a scale of each feature for free."""
 
-_STEPS = 30  # of the fixed point; two heads that share a transform settle within ten or so
+_STEPS = 30  # of the fixed point; it settles within ten or so
+_SETTLED = 1e-4  # relative: a step that wins less than a thousandth of a dB is the last
 
 
 def values_refusal(config: DecoderConfig) -> str | None:
@@ -315,7 +316,7 @@ def _ridged(moments: Float64[np.ndarray, "g r p p"], ridge: float) -> Float64[np
 
 
 def _least_metric(
-    s: Float64[np.ndarray, "g r p p"], g: Float64[np.ndarray, "g r p p"]
+    s: Float64[np.ndarray, "g r p p"], g: Float64[np.ndarray, "g r p p"], tolerance: float = _SETTLED
 ) -> tuple[Float64[np.ndarray, "g p p"], int]:
     """``M = T T^T`` with the least ``sum_h tr(M S_h) tr(M^-1 G_h)`` that the iteration meets, and its steps."""
     root = _closed_form(s.sum(1), g.sum(1))
@@ -329,7 +330,7 @@ def _least_metric(
         error = _metric_error(s, g, metric)
         falls = error < least
         best = np.where(falls[:, None, None], metric, best)
-        settled = not (error < least * (1 - 1e-6)).any()
+        settled = not (error < least * (1 - tolerance)).any()
         least = np.minimum(error, least)
         if settled:
             break
