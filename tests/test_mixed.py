@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import torq_jax
 from convert import mixed, pipeline, report
 from convert.sources import open_source
+from tests import test_sensitivity
 from tests.test_convert import convert, error_of, text  # noqa: F401
 from tests.test_decoder import GOLDENS
 from torq_jax import checkpoint, decoder, evaluate, mxfp4, mxfp8, rotation, sensitivity
@@ -21,23 +22,8 @@ from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
 from torq_jax.errors import ConversionError, TorqError
 from torq_jax.rotation import TwoLevelRotation
 
-CONFIG = DecoderConfig(
-    architecture="llama",
-    vocab_size=50,
-    hidden_size=64,
-    intermediate_size=96,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    rope_scaling=None,
-    max_position_embeddings=64,
-    tie_embeddings=True,
-    attention_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
+CONFIG = dataclasses.replace(
+    test_sensitivity.CONFIG, hidden_size=64, intermediate_size=96, num_layers=3, head_dim=16
 )
 PLACES = [(layer, site) for layer in range(CONFIG.num_layers) for site in SITES]
 
