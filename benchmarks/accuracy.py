@@ -204,7 +204,7 @@ def quantise_layer(
     found = {s: load(folder, source, layer, s, entry.sensitivity, parameters[s]) for s in SITES}
     folds = None
     if settings.fold == "free":
-        folds = folding.fold_layer(config, parameters, found, scales=False)
+        folds = folding.fold_layer(config, parameters, found)
         parameters, found = folds.parameters, folds.statistics
     into = folding.folded_into(config, fold=settings.fold, folded_only=False)
     for site in SITES:

@@ -8,7 +8,7 @@ gradients, rounding, evaluation) works on the rewritten model and knows nothing 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -182,15 +182,16 @@ def fold_layer(
     parameters: Mapping[str, Any],
     statistics: Mapping[str, SiteStatistics],
     *,
-    scales: bool,
+    scales: Sequence[str] = (),
 ) -> FoldedLayer:
-    """Give ``attn_out`` the best transform that v can take and, with ``scales``, the other sites a scale.
+    """Give ``attn_out`` the best transform that v can take, and the sites of ``scales`` a scale.
 
     Args:
       config: the decoder.
       parameters: of a float layer.
       statistics: of every site, with second moments and gains.
-      scales: whether sites other than ``attn_out`` are to run nothing online either, so that a scale is all they get.
+      scales: of :data:`torq_jax.folding.SCALED_SITES`. A site that a rotated residual stream feeds is better left
+        out: its blocks are mixed evenly, and a scale after that would undo it.
 
     Raises:
       ConversionError: statistics that no transform follows from.
@@ -206,7 +207,7 @@ def fold_layer(
             by_head = folding.query_heads(matrices, config)
             gathered["attn_out"] = folding.transform_statistics(statistics["attn_out"], by_head)
             by_weight["attn_in/v"] = matrices
-        for site in folding.SCALED_SITES if scales else ():
+        for site in scales:
             second, gain = folding.wush.moments(statistics[site], "fold")
             found, reports[site] = folding.solve_scales(second, gain)
             rewritten = folding.fold_scales(rewritten, site, found)
@@ -223,8 +224,8 @@ def folded_into(config: DecoderConfig, *, fold: str, folded_only: bool) -> dict[
     found = {}
     if folded_only:
         found = {
-            "attn_in": "embeddings, o, down; norm",
-            "mlp_in": "embeddings, o, down; norm",
+            "attn_in": "embeddings, o, down",
+            "mlp_in": "embeddings, o, down",
             "mlp_out": "up",
         }
     if fold == "free" and folding.values_refusal(config) is None:

@@ -808,7 +808,9 @@ class _Run:
             return own, gathered, None
         if not self.folded:
             return parameters, gathered, None
-        folds = folding.fold_layer(self.config, parameters, gathered, scales=self.settings.folded_only)
+        folds = folding.fold_layer(
+            self.config, parameters, gathered, scales=("mlp_out",) if self.settings.folded_only else ()
+        )
         original = parameters if self.original is self.source else read_layer(self.original, index)
         errors = folding.function_error(self.source, original, folds.parameters, entered)
         for name, error in sorted(errors.items(), key=lambda item: -item[1]):  # the worst is told
