@@ -363,31 +363,35 @@ def print_table(result: dict[str, Any], count: int) -> None:
 
 
 def draw(result: dict[str, Any], count: int, path: Path) -> None:
-    """Bars of every row with GPTQ, with its two-sided form and of A4 alone, both texts."""
+    """Bars of both texts: A4 alone, and W4A4 with GPTQ and with its two-sided form."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    base = result["float"]["losses"]
-    drawn = ("a4", "gptq", "two_sided")
-    figure, axes = plt.subplots(1, 3, figsize=(14, 0.42 * len(result["rows"]) + 1.8), sharey=True)
-    for axis, mode in zip(axes, drawn, strict=True):
-        rows = [n for n, modes in result["rows"].items() if mode in modes]
+    base, rows = result["float"]["losses"], result["rows"]
+    added = {"gptq": "GPTQ", "two_sided": "two-sided GPTQ"}
+    panels = {
+        "A4 only": [(name, name, "a4") for name, modes in rows.items() if "a4" in modes],
+        "W4A4": [(f"{n} + {added[m]}", n, m) for m in reversed(added) for n in rows if m in rows[n]],
+    }
+    height = 0.42 * max(map(len, panels.values())) + 1.6
+    figure, axes = plt.subplots(1, 2, figsize=(12, height), width_ratios=(1, 1))
+    for axis, (title, bars) in zip(axes, panels.items(), strict=True):
         for i, text in enumerate(TEXTS):
             part = slice(i * count, (i + 1) * count)
-            found = [difference(result["rows"][n][mode]["losses"][part], base[part]) for n in rows]
+            found = [difference(rows[n][m]["losses"][part], base[part]) for _, n, m in bars]
             axis.barh(
-                [list(result["rows"]).index(n) + 0.4 * i for n in rows],
+                np.arange(len(bars)) + 0.4 * i,
                 [f.mean for f in found],
                 0.38,
                 xerr=[f.standard_error for f in found],
                 label=text,
             )
-        axis.set_title(TITLES[mode])
+        axis.set_title(title)
         axis.set_xlabel("nats per token above float")
-        axis.set_yticks(np.arange(len(result["rows"])) + 0.2, list(result["rows"]))
-    axes[0].invert_yaxis()
+        axis.set_yticks(np.arange(len(bars)) + 0.2, [label for label, _, _ in bars])
+        axis.invert_yaxis()
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
