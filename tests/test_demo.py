@@ -41,7 +41,8 @@ def test_the_demo_converts_and_writes(tmp_path, capsys):
     assert len(report["sites"]) == 4 * 30
     # Quantising costs perplexity and float weights cost less than MXFP4 ones; by how much is the benchmarks' matter.
     float_, a4, w4a4 = (
-        rows[label]["perplexity"] for label in ("float", "two_level A4-only", "two_level + GPTQ W4A4")
+        rows[label]["perplexity"]
+        for label in ("float", "two_level A4-only", "two_level + two-sided GPTQ W4A4")
     )
     assert float_ < a4 < w4a4 < rows["plain rounding W4A4"]["perplexity"]
     for site in report["sites"]:
