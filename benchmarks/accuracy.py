@@ -197,7 +197,7 @@ def quantise_layer(
 ) -> tuple[Layers, dict[str, decoder.Formats], list[dict[str, Any]]]:
     """A layer in each mode, its weights decoded, with its formats; and what solver and clock say of each site.
 
-    ``calibration`` has what enters the layer, where the entry's settings want to look again.
+    ``calibration`` has what enters the layer, where the entry's settings want to look again; it moves on.
     """
     config, settings = source.config, entry.settings()
     begun, sites, reports = time.monotonic(), {}, []
@@ -227,6 +227,7 @@ def quantise_layer(
             graph,
             config,
             parameters,
+            layer,
             calibration,
             {site: solved.transform for site, solved in sites.items()},
             settings.activation_scale,
@@ -294,7 +295,6 @@ def run_entry(
     again = None
     if entry and pipeline.second_pass(entry.settings()):
         again = [table[row][None].astype(np.float32) for row in calibration]
-    plain, _ = decoder.make_layer(config)
     report: list[dict[str, Any]] = []
     for layer in range(config.num_layers):
         parameters = pipeline.read_layer(source, layer)
@@ -311,8 +311,6 @@ def run_entry(
             graph, _ = decoder.make_layer(config, formats[mode])
             for i, x in enumerate(streams[mode]):
                 streams[mode][i] = np.asarray(run(graph, config, layers[mode], x))
-        for i, x in enumerate(again or ()):
-            again[i] = np.asarray(pipeline.run_layer(plain, config, parameters, x))  # type: ignore[index]
         shown.advance()
     norm = jnp.asarray(source.read(outer["norm"]).astype(np.float32))
     head = stored if config.tie_embeddings else source.read(outer["lm_head"])

@@ -475,15 +475,17 @@ def gather_rounded(
     graph: Any,
     config: DecoderConfig,
     parameters: Any,
-    stream: streams.Stream,
+    index: int,
+    stream: streams.Stream | list[np.ndarray],
     transforms: Mapping[str, TwoLevelRotation | None],
     rule: Any,
     weights: Mapping[str, np.ndarray] | None,
 ) -> dict[str, statistics.RoundedStatistics]:
-    """What rounding does to the activations of each site of a layer; ``stream`` has what enters the layer."""
+    """What rounding does to the activations of each site of a layer; the stream moves on to the next one."""
     found: dict[str, statistics.RoundedStatistics] = {}
     for i, x in enumerate(stream):
-        _, taps = run_tapped(graph, config, parameters, x)
+        y, taps = run_tapped(graph, config, parameters, x)
+        stream[i] = _finite(y, index)
         for site, activation in taps.items():
             flat = activation.reshape(-1, activation.shape[-1])
             own = None if weights is None else weights[site][i]
@@ -714,32 +716,11 @@ class _Run:
             formats: dict[Variant, dict[str, SiteFormat]] = {v: {} for v in rows}
             shard: dict[str, Any] = dict(shared)
             roundings = {v.rounding for v in written}
-            sites: dict[str, SolvedSite] = {}
-            for site in SITES:
-                with self.timed("solving"):
-                    outputs = None
-                    if "two_sided" in roundings and self.sensitivity is not None:
-                        outputs = self.sensitivity.outputs(index, site)
-                        outputs = outputs if folds is None else folds.outputs(site, outputs)
-                    solved = solve_site(
-                        site,
-                        gathered[site],
-                        parameters[site],
-                        self.settings,
-                        site_method(method, site, self.settings, self.folded),
-                        second=roundings != {"nearest"},
-                        outputs=outputs,
-                    )
-                    self.solver_seconds[method] = self.solver_seconds.get(method, 0.0) + solved.seconds
-                    sites[site] = solved
-                    if folds is not None:
-                        solved.report.update(folds.reports.get(site, {}))
+            sites = self.solve(method, index, parameters, gathered, folds, roundings)
             if method == self.settings.method and second_pass(self.settings):
-                progress.stage("rounded statistics")
-                with self.timed("rounded statistics"):
-                    sites = self.look_again(graph, parameters, index, sites)
-            for site, solved in sites.items():
-                wide = self.choice is not None and self.choice.holds(index, site)
+                sites = self.look_again(graph, parameters, index, dict(sites), progress)
+            for site, solved in sites:
+                wide = self.is_wide(index, site)
                 with self.timed("rounding"):
                     stored = {
                         v: store_site(
@@ -786,6 +767,36 @@ class _Run:
                     quantised, _ = decoder.make_layer(self.config, formats[variant])
                     self.advance(variant, quantised, layers[variant], index)
 
+    def solve(
+        self,
+        method: str,
+        index: int,
+        parameters: Mapping[str, Any],
+        gathered: Mapping[str, SiteStatistics],
+        folds: folding.FoldedLayer | None,
+        roundings: set[str],
+    ) -> Iterator[tuple[str, SolvedSite]]:
+        """Each site of a layer when it is asked for: solved ones are large, and most are needed one at a time."""
+        for site in SITES:
+            with self.timed("solving"):
+                outputs = None
+                if "two_sided" in roundings and self.sensitivity is not None:
+                    outputs = self.sensitivity.outputs(index, site)
+                    outputs = outputs if folds is None else folds.outputs(site, outputs)
+                solved = solve_site(
+                    site,
+                    gathered[site],
+                    parameters[site],
+                    self.settings,
+                    site_method(method, site, self.settings, self.folded),
+                    second=roundings != {"nearest"},
+                    outputs=outputs,
+                )
+                self.solver_seconds[method] = self.solver_seconds.get(method, 0.0) + solved.seconds
+                if folds is not None:
+                    solved.report.update(folds.reports.get(site, {}))
+            yield site, solved
+
     def is_original(self, variant: Variant) -> bool:
         """Whether a row is of the model as it was while the source is rotated."""
         return variant.method not in (None, self.settings.method) and self.original is not self.source
@@ -825,15 +836,14 @@ class _Run:
 
     def calibrate(self, graph: Any, parameters: Any, index: int) -> dict[str, SiteStatistics]:
         """Statistics of every site from the calibration stream, which moves on to the next layer."""
-        measured = self.sensitivity if self.moments == "full" else None
-        weights = None if measured is None else {s: measured.weights(index, s) for s in SITES}
+        measured = self.weighing
         (gathered,) = gather_layer(
             graph,
             self.config,
             parameters,
             index,
             self.stream,
-            [weights],
+            [self.token_weights(index)],
             moments=self.moments,
             seed=self.settings.seed,
             move=not second_pass(self.settings),
@@ -846,30 +856,49 @@ class _Run:
             gathered[site] = dataclasses.replace(found, gain=gain, outputs=outputs)
         return gathered
 
+    @property
+    def weighing(self) -> gradients.Sensitivity | None:
+        """The sensitivity, where statistics are weighed by it: it may have been measured for ``mixed`` alone."""
+        return self.sensitivity if self.moments == "full" else None
+
+    def token_weights(self, index: int) -> dict[str, np.ndarray] | None:
+        """How much each calibration token counts at the sites of a layer; None where all count alike."""
+        measured = self.weighing
+        return None if measured is None else {site: measured.weights(index, site) for site in SITES}
+
     def look_again(
-        self, graph: Any, parameters: Any, index: int, sites: Mapping[str, SolvedSite]
-    ) -> dict[str, SolvedSite]:
+        self,
+        graph: Any,
+        parameters: Any,
+        index: int,
+        sites: Mapping[str, SolvedSite],
+        progress: LayerProgress,
+    ) -> Iterator[tuple[str, SolvedSite]]:
         """The solved sites, made to make up for what rounding does to their activations; the stream then moves on.
 
         Sites at MXFP8 stay as they are: there is little to make up for.
         """
-        measured = self.sensitivity if self.moments == "full" else None
-        found = gather_rounded(
-            graph,
-            self.config,
-            parameters,
-            self.stream,
-            {site: solved.transform for site, solved in sites.items()},
-            self.settings.activation_scale,
-            None if measured is None else {s: measured.weights(index, s) for s in SITES},
-        )
-        for i, x in enumerate(self.stream):
-            self.stream[i] = _finite(run_layer(graph, self.config, parameters, x), index)
-        wide = {site for site in sites if self.choice is not None and self.choice.holds(index, site)}
-        return {
-            site: solved if site in wide else aim(solved, found[site], self.settings)
-            for site, solved in sites.items()
-        }
+        progress.stage("rounded statistics")
+        with self.timed("rounded statistics"):
+            found = gather_rounded(
+                graph,
+                self.config,
+                parameters,
+                index,
+                self.stream,
+                {site: solved.transform for site, solved in sites.items()},
+                self.settings.activation_scale,
+                self.token_weights(index),
+            )
+        for site, solved in sites.items():
+            with self.timed("rounded statistics"):
+                if not self.is_wide(index, site):
+                    solved = aim(solved, found[site], self.settings)
+            yield site, solved
+
+    def is_wide(self, index: int, site: str) -> bool:
+        """Whether a site is kept at MXFP8."""
+        return self.choice is not None and self.choice.holds(index, site)
 
     def measure_sensitivity(self, folder: Path, progress: LayerProgress) -> None:
         """The pass back through the source, whose findings the statistics of every layer then use."""

@@ -139,3 +139,25 @@ def _least_error(blocks: np.ndarray, floor: np.ndarray) -> np.ndarray:
         exact = [sum(int(d) ** 2 for d in np.ldexp(r[i] - blocks[i], 149)) for r in rounded]
         best[i] = exact.index(min(exact))
     return np.take_along_axis(candidates, best[None], axis=0)[0]
+
+
+def patterns_as_amax(dtype, shares):
+    """Each of the 65536 patterns of a 16-bit dtype beside 31 companions that are fixed shares of it."""
+    patterns = np.arange(65536, dtype=np.uint16)[:, None]
+    with np.errstate(invalid="ignore"):
+        companions = (patterns.view(dtype).astype(np.float64) * shares).astype(dtype)
+    return np.concatenate([companions, patterns.view(dtype)], axis=1)
+
+
+def patterns_as_elements(dtype, *largest):
+    """Each finite pattern of a 16-bit dtype as an element below several amax, the dtype's own extremes among them."""
+    values = np.arange(65536, dtype=np.uint16).view(dtype)
+    with np.errstate(invalid="ignore"):
+        values = values[np.isfinite(values)]
+    finfo = ml_dtypes.finfo(dtype)
+    blocks = []
+    for amax in (finfo.smallest_subnormal, finfo.tiny, 2 * finfo.tiny, *largest, finfo.max):
+        below = values[np.abs(values.astype(np.float64)) <= float(amax)]
+        below = np.resize(below, (-(-below.size // 31), 31))
+        blocks.append(np.concatenate([below, np.full((len(below), 1), amax, dtype)], axis=1))
+    return np.concatenate(blocks)

@@ -44,19 +44,12 @@ _CARRY = {
 
 
 @dataclasses.dataclass(frozen=True)
-class MXFP4Array:
-    """A packed MXFP4 array: a pytree with two leaves and two static fields.
-
-    Invariants, with ``n = size`` rounded up to a multiple of 32::
-
-        codes.shape[axis]  == n / 2     uint8, two codes a byte, the lower index in the low nibble
-        scales.shape[axis] == n / 32    uint8, E8M0: 2**(scale - 127), 0xFF is NaN
-        all other axes of codes and scales are those of the original
+class BlockArray:
+    """Codes and scales of an array in blocks along an axis: what the formats have in common.
 
     ``axis`` counts from the end (it is negative), so an array keeps its meaning when ``vmap``, ``scan`` or
     stacking add or remove leading axes. ``size`` is the original length along ``axis``; elements past it are
-    padding, zero and dropped by :func:`dequantize`. For a weight ``[out, in]`` with ``axis=-1`` this is the
-    layout of Hugging Face, vLLM's compressed-tensors and torchao.
+    padding, zero and dropped when values are asked for.
     """
 
     codes: UInt8[Array, ...]
@@ -80,6 +73,21 @@ class MXFP4Array:
     def nbytes(self) -> int:
         """Bytes of codes and scales together."""
         return int(np.prod(self.codes.shape)) + int(np.prod(self.scales.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class MXFP4Array(BlockArray):
+    """A packed MXFP4 array: a pytree with two leaves and two static fields.
+
+    Invariants, with ``n = size`` rounded up to a multiple of 32::
+
+        codes.shape[axis]  == n / 2     uint8, two codes a byte, the lower index in the low nibble
+        scales.shape[axis] == n / 32    uint8, E8M0: 2**(scale - 127), 0xFF is NaN
+        all other axes of codes and scales are those of the original
+
+    ``axis`` and ``size`` are those of :class:`BlockArray`. For a weight ``[out, in]`` with ``axis=-1`` this is the
+    layout of Hugging Face, vLLM's compressed-tensors and torchao.
+    """
 
 
 jax.tree_util.register_dataclass(MXFP4Array, data_fields=["codes", "scales"], meta_fields=["size", "axis"])
@@ -126,17 +134,7 @@ def dequantize(q: MXFP4Array, dtype: Any = jnp.float32) -> Float[Array, ...]:
     Raises:
       TorqError: codes and scales whose shapes do not belong together, or a dtype that is no floating-point one.
     """
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TorqError(f"cannot dequantise to {jnp.dtype(dtype)}: ask for a floating-point dtype")
-    axis, size = q.axis, q.size
-    codes, scales = q.codes.shape, q.scales.shape
-    expected = list(codes)
-    expected[axis] = codes[axis] // (BLOCK // 2)
-    if codes[axis] % (BLOCK // 2) or list(scales) != expected or size > 2 * codes[axis]:
-        raise TorqError(
-            f"codes {codes} and scales {scales} of size {size} do not belong together: along axis {axis} "
-            "there must be 16 bytes of codes for each scale"
-        )
+    check_packed(q, dtype, BLOCK // 2)
     return _dequantize(q, jnp.dtype(dtype))
 
 
@@ -201,6 +199,21 @@ def check_input(
     return axis, padded_size(size)
 
 
+def check_packed(q: BlockArray, dtype: Any, block_bytes: int) -> None:
+    """Validate the arguments of dequantize, for blocks of ``block_bytes`` bytes of codes."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TorqError(f"cannot dequantise to {jnp.dtype(dtype)}: ask for a floating-point dtype")
+    axis, size = q.axis, q.size
+    codes, scales = q.codes.shape, q.scales.shape
+    expected = list(codes)
+    expected[axis] = codes[axis] // block_bytes
+    if codes[axis] % block_bytes or list(scales) != expected or size > expected[axis] * BLOCK:
+        raise TorqError(
+            f"codes {codes} and scales {scales} of size {size} do not belong together: along axis {axis} "
+            f"there must be {block_bytes} bytes of codes for each scale"
+        )
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _quantize(x: Array, scale_rule: str, axis: int, padded: int) -> MXFP4Array:
     size = x.shape[axis]
@@ -214,16 +227,14 @@ def _dequantize(q: MXFP4Array, dtype: Any) -> Array:
     codes = jnp.moveaxis(q.codes, q.axis, -1)
     codes = unpack(codes.reshape(*codes.shape[:-1], codes.shape[-1] // (BLOCK // 2), BLOCK // 2))
     values = _decode(codes, jnp.moveaxis(q.scales, q.axis, -1), dtype)  # [..., blocks, 32]
-    values = values.reshape(*values.shape[:-2], values.shape[-2] * BLOCK)[..., : q.size]
-    return jnp.moveaxis(values, -1, q.axis)
+    return from_blocks(values, q.size, q.axis)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _quantize_dequantize(x: Array, scale_rule: str, axis: int, padded: int) -> Array:
     size = x.shape[axis]
     codes, scales = _encode(to_blocks(x, axis, padded), scale_rule)
-    values = in_blocks(_decode(codes, scales, x.dtype))
-    return jnp.moveaxis(values.reshape(*values.shape[:-2], padded)[..., :size], -1, axis)
+    return from_blocks(in_blocks(_decode(codes, scales, x.dtype)), size, axis)
 
 
 def to_blocks(x: Array, axis: int, padded: int) -> Array:
@@ -232,6 +243,12 @@ def to_blocks(x: Array, axis: int, padded: int) -> Array:
     if padded != x.shape[-1]:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - x.shape[-1])])
     return x.reshape(*x.shape[:-1], padded // BLOCK, BLOCK)
+
+
+def from_blocks(values: Array, size: int, axis: int) -> Array:
+    """Inverse of :func:`to_blocks`: ``[..., blocks, 32] -> [..., size, ...]``."""
+    values = values.reshape(*values.shape[:-2], values.shape[-2] * BLOCK)[..., :size]
+    return jnp.moveaxis(values, -1, axis)
 
 
 def in_blocks(x: Array) -> Array:

@@ -16,11 +16,9 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int32, UInt8
 
 from torq_jax import mxfp4
-from torq_jax.errors import TorqError
 from torq_jax.mxfp4 import BLOCK, SCALE_BIAS, SCALE_NAN
 
 ScaleRule = Literal["floor", "ceil"]
@@ -40,7 +38,7 @@ _CARRY = {"floor": 0, "ceil": (1 << (_MANTISSA - 2)) - 1}  # mantissa > 1.75
 
 
 @dataclasses.dataclass(frozen=True)
-class MXFP8Array:
+class MXFP8Array(mxfp4.BlockArray):
     """An MXFP8 array: a pytree with two leaves and two static fields.
 
     Invariants, with ``n = size`` rounded up to a multiple of 32::
@@ -49,31 +47,8 @@ class MXFP8Array:
         scales.shape[axis] == n / 32    uint8, E8M0: 2**(scale - 127), 0xFF is NaN
         all other axes of codes and scales are those of the original
 
-    ``axis`` and ``size`` are those of :class:`torq_jax.mxfp4.MXFP4Array`: counted from the end, and the length before
-    padding.
+    ``axis`` and ``size`` are those of :class:`torq_jax.mxfp4.BlockArray`.
     """
-
-    codes: UInt8[Array, ...]
-    scales: UInt8[Array, ...]
-    size: int
-    axis: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the original array."""
-        shape = list(self.codes.shape)
-        shape[self.axis] = self.size
-        return tuple(shape)
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the original array."""
-        return len(self.codes.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales together."""
-        return int(np.prod(self.codes.shape)) + int(np.prod(self.scales.shape))
 
 
 jax.tree_util.register_dataclass(MXFP8Array, data_fields=["codes", "scales"], meta_fields=["size", "axis"])
@@ -122,17 +97,7 @@ def dequantize(q: MXFP8Array, dtype: Any = jnp.float32) -> Float[Array, ...]:
     Raises:
       TorqError: codes and scales whose shapes do not belong together, or a dtype that is no floating-point one.
     """
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TorqError(f"cannot dequantise to {jnp.dtype(dtype)}: ask for a floating-point dtype")
-    axis, size = q.axis, q.size
-    codes, scales = q.codes.shape, q.scales.shape
-    expected = list(codes)
-    expected[axis] = codes[axis] // BLOCK
-    if codes[axis] % BLOCK or list(scales) != expected or size > codes[axis]:
-        raise TorqError(
-            f"codes {codes} and scales {scales} of size {size} do not belong together: along axis {axis} "
-            "there must be 32 bytes of codes for each scale"
-        )
+    mxfp4.check_packed(q, dtype, BLOCK)
     return _dequantize(q, jnp.dtype(dtype))
 
 
@@ -159,16 +124,14 @@ def _dequantize(q: MXFP8Array, dtype: Any) -> Array:
     codes = jnp.moveaxis(q.codes, q.axis, -1)
     codes = codes.reshape(*codes.shape[:-1], codes.shape[-1] // BLOCK, BLOCK)
     values = _decode(codes, jnp.moveaxis(q.scales, q.axis, -1), dtype)  # [..., blocks, 32]
-    values = values.reshape(*values.shape[:-2], values.shape[-2] * BLOCK)[..., : q.size]
-    return jnp.moveaxis(values, -1, q.axis)
+    return mxfp4.from_blocks(values, q.size, q.axis)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _quantize_dequantize(x: Array, scale_rule: str, axis: int, padded: int) -> Array:
     size = x.shape[axis]
     codes, scales = _encode(mxfp4.to_blocks(x, axis, padded), scale_rule)
-    values = mxfp4.in_blocks(_decode(codes, scales, x.dtype))
-    return jnp.moveaxis(values.reshape(*values.shape[:-2], padded)[..., :size], -1, axis)
+    return mxfp4.from_blocks(mxfp4.in_blocks(_decode(codes, scales, x.dtype)), size, axis)
 
 
 def _encode(

@@ -20,7 +20,8 @@ from jaxtyping import Array, Float
 from torq_jax import mxfp4
 from torq_jax.errors import TorqError
 from torq_jax.mxfp4 import BLOCK, ScaleRule
-from torq_jax.rotation import TwoLevelRotation, rotate, rotate_host
+from torq_jax.rotation import TwoLevelRotation, fold_host, rotate
+from torq_jax.solvers.wush import diagonal_blocks
 from torq_jax.statistics import SiteStatistics
 
 FACTORS = (1.0, 2**0.25, 4 / 3, 2**0.5, 2**0.75)
@@ -83,17 +84,9 @@ def prescale(rotation: TwoLevelRotation, statistics: SiteStatistics, rule: Scale
 
 
 def _gains(rotation: TwoLevelRotation, gain: np.ndarray) -> Float[np.ndarray, "B 32 32"]:
-    """Blocks on the diagonal of ``T^-1 G T^-T``: what an error of the rotated activation costs."""
-    blocks = rotation.features // BLOCK
-    inverted = dataclasses.replace(
-        rotation,
-        inter=None if rotation.inter is None else np.linalg.inv(np.asarray(rotation.inter, np.float64)).mT,
-        intra=np.linalg.inv(np.asarray(rotation.intra, np.float64)).mT,
-    )
-    half = rotate_host(gain, inverted)  # G T^-T
-    whole = rotate_host(np.ascontiguousarray(half.T), inverted)
-    index = np.arange(blocks)
-    return whole.reshape(blocks, BLOCK, blocks, BLOCK)[index, :, index]
+    """Blocks on the diagonal of ``T^-1 G T^-T``: what an error of the rotated activation costs, in any unit."""
+    half = fold_host(gain, rotation)  # G T^-T
+    return diagonal_blocks(fold_host(np.ascontiguousarray(half.T), rotation))
 
 
 @functools.partial(jax.jit, static_argnums=4)
