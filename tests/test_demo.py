@@ -12,15 +12,17 @@ from convert.__main__ import main
 from torq_jax import data, evaluate
 from torq_jax.generate import stream_text
 
+# Fewer tokens to calibrate on leave a model so damaged that a rounding that falls the other way moves a window by a
+# tenth of a nat; over six windows that averages out.
 FEW = [
     "--samples",
-    "2",
+    "4",
     "--sequence-length",
-    "128",
+    "256",
     "--window",
     "256",
     "--windows",
-    "2",
+    "6",
     "--option",
     "steps=8",
 ]
@@ -49,7 +51,7 @@ def test_the_demo_converts_and_writes(tmp_path, capsys):
         assert site["fold_error"] < 1e-5
 
     model, tokenizer, _ = torq_jax.load(out)
-    value, _ = evaluate.perplexity(model, tokenizer, data.path(data.EVALUATION), window=256, windows=2)
+    value, _ = evaluate.perplexity(model, tokenizer, data.path(data.EVALUATION), window=256, windows=6)
     # Layer by layer and in one scan: sums in another order, and roundings that fall the other way because of it.
     assert value == pytest.approx(w4a4, rel=0.03)
     assert len("".join(stream_text(model, tokenizer, "The capital of France is", max_tokens=8))) > 8
