@@ -1,0 +1,149 @@
+"""Canonical MXFP4 weights <-> the layout that the TPU kernels read. Pure functions on plain arrays, jit-compiled.
+
+The canonical weight is ``codes [N, K/2]`` (uint8, the lower index in the low nibble) and ``scales [N, K/32]``
+(uint8, E8M0). Nothing here moves data along N, so a weight that is sharded along N stays so.
+
+**What the matrix unit takes.** Every TPU from v5e on takes float8_e5m2 weights beside bfloat16 activations. Its five
+exponent bits hold the two of an E2M1 code and a block's scale at once, so a code becomes a finished weight by integer
+operations on its byte, four weights at a time: mask, add the scale, clear zeros. That is exact as long as the scales of
+a column (all blocks of one output) lie within 27 powers of two of each other; what they have in common is a factor of
+the output. :func:`check_scales` tells whether they do.
+
+**Bytes** (v5e, v6e). A 32-bit word holds two blocks' codes of eight rows of 4: byte ``t`` of word row ``r`` has element
+``4 (r % 8) + t`` of block ``2 (r // 8)`` in bits 7 (sign) and 3 to 1, of block ``2 (r // 8) + 1`` in bits 0 (sign) and 6
+to 4. With magnitudes 0 and 0.5 exchanged, bits 3 to 1 are those of e5m2: 0.5 is a power of two like the others, and
+only zero, which looks like 0.75, has to be cleared.
+
+**Float4** (tpu7x). Eight consecutive rows to a word, nibble ``t`` of word row ``r`` has element ``8 r + t``: the order
+of the hardware's own conversion from float4_e2m1fn.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Int32, UInt8
+
+BLOCK = 32
+LANES = 128
+"""K and N are filled up to multiples of this."""
+
+Kind = Literal["bytes", "float4"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+TOP = 27
+"""Exponent of the largest scale of a column inside e5m2: 6 * 2**(27 - 14) is below its largest number."""
+
+_LEAST_BASE = 14
+"""The least scale code that a column's largest is taken for, so that the column's factor is a normal float32."""
+
+
+class TPUWeight(NamedTuple):
+    """A weight as the TPU kernels read it; K and N are padded to multiples of 128 with zeros.
+
+    words: int32 ``[K/8, N]``, codes. exponents: uint8 ``[K/32, N]``, four times the block's exponent inside e5m2 (0 for
+    a block of zeros). factor: float32 ``[1, N]``, the power of two that the columns have in common.
+    """
+
+    words: Int32[Array, "k8 n"]
+    exponents: UInt8[Array, "k32 n"]
+    factor: Float32[Array, "1 n"]
+
+
+def padded(size: int) -> int:
+    """``size`` rounded up to a multiple of 128."""
+    return -(-size // LANES) * LANES
+
+
+def check_scales(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"]) -> None:
+    """Refuse what the layout cannot hold exactly. Concrete arrays only: not to be called under jit.
+
+    Raises:
+      ValueError: a scale is NaN, a column's scales are too far apart, or too large for float32.
+    """
+    codes, scales = np.asarray(codes), np.asarray(scales)
+    if (scales == 0xFF).any():
+        raise ValueError(f"{(scales == 0xFF).sum()} blocks have the scale NaN: this weight is broken")
+    held = (codes.reshape(*scales.shape, BLOCK // 2) & 0x77).any(-1)
+    top = np.where(held, scales, 0).max(1, initial=0).astype(int)
+    least = np.where(held, scales, 0xFF).min(1, initial=0xFF).astype(int)
+    low = np.maximum(top, _LEAST_BASE) - (TOP - 1)
+    if (least < low).any():
+        row = int(np.argmax(low - least))
+        raise ValueError(
+            f"output {row} has scales from 2**{least[row] - 127} to 2**{top[row] - 127}, further apart than the "
+            f"{TOP} powers of two of the TPU layout: use implementation='xla'"
+        )
+    if top.max(initial=0) > 127 + 110:
+        raise ValueError(
+            f"a scale is 2**{top.max() - 127}: products would overflow float32, use implementation='xla'"
+        )
+
+
+@jax.jit(static_argnames="kind")
+def to_tpu(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"], kind: Kind = "bytes") -> TPUWeight:
+    """The canonical weight in the TPU layout. Negative zeros become zeros; see :func:`check_scales`.
+
+    Raises:
+      ValueError: a kind that does not exist, or shapes that do not fit.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"layout kind {kind!r} does not exist: must be one of {', '.join(KINDS)}")
+    n, blocks = scales.shape
+    if codes.shape != (n, blocks * BLOCK // 2):
+        raise ValueError(
+            f"codes have shape {codes.shape}, scales {scales.shape}: must be [N, K/2] and [N, K/32]"
+        )
+    more_n, more_k = padded(n) - n, padded(blocks * BLOCK) - blocks * BLOCK
+    codes = jnp.pad(codes, ((0, more_n), (0, more_k // 2)))
+    scales = jnp.pad(scales, ((0, more_n), (0, more_k // BLOCK)))
+
+    each = jnp.stack([codes & 15, codes >> 4], -1).reshape(*scales.shape, BLOCK)  # [n, b, 32]
+    each = jnp.where(each == 8, 0, each)
+    held = (each != 0).any(-1)
+    scale = jnp.where(held, scales, 0).astype(jnp.int32)  # [n, b]
+    base = jnp.maximum(scale.max(1, keepdims=True), _LEAST_BASE)
+    exponents = jnp.where(held, jnp.clip(scale - base + TOP, 1, TOP) * 4, 0).astype(jnp.uint8)
+    factor = jax.lax.bitcast_convert_type((base - 13) << 23, jnp.float32)
+    return TPUWeight(_words(each, kind), exponents.T, factor.T)
+
+
+def _words(each: UInt8[Array, "n b 32"], kind: Kind) -> Int32[Array, "k8 n"]:
+    n, blocks, _ = each.shape
+    if kind == "float4":
+        eight = each.reshape(n, blocks * 4, 8).astype(jnp.uint32)  # [n, r, t]
+        word = sum(eight[..., t] << (4 * t) for t in range(8))
+    else:
+        sign, magnitude = (each & 8).astype(jnp.uint32), (each & 7).astype(jnp.uint32)
+        magnitude = jnp.where(magnitude < 2, magnitude ^ 1, magnitude)
+        pairs = jnp.stack([magnitude, sign], -1).reshape(n, blocks // 2, 2, 8, 4, 2)  # [n, p, even|odd, r, t, m|s]
+        even, odd = pairs[:, :, 0], pairs[:, :, 1]
+        byte = (even[..., 1] << 4) | (even[..., 0] << 1) | (odd[..., 0] << 4) | (odd[..., 1] >> 3)  # [n, p, r, t]
+        word = sum(byte[..., t] << (8 * t) for t in range(4)).reshape(n, blocks * 4)
+    return jax.lax.bitcast_convert_type(word, jnp.int32).T
+
+
+@jax.jit(static_argnames=("n", "k", "kind"))
+def from_tpu(
+    weight: TPUWeight, n: int, k: int, kind: Kind = "bytes"
+) -> tuple[UInt8[Array, "n k2"], UInt8[Array, "n k32"]]:
+    """Codes and scales of a weight ``[n, k]``: the inverse of :func:`to_tpu`, where blocks of zeros have scale 0."""
+    word = jax.lax.bitcast_convert_type(weight.words.T, jnp.uint32)  # [n, k/8]
+    rows, blocks = word.shape[0], weight.exponents.shape[0]
+    if kind == "float4":
+        each = jnp.stack([(word >> (4 * t)) & 15 for t in range(8)], -1).reshape(rows, blocks, BLOCK)
+    else:
+        byte = jnp.stack([(word >> (8 * t)) & 255 for t in range(4)], -1).reshape(rows, blocks // 2, 8, 4)
+        even = ((byte >> 1) & 7) | ((byte >> 4) & 8)
+        odd = ((byte >> 4) & 7) | ((byte & 1) << 3)
+        each = jnp.stack([even, odd], 2).reshape(rows, blocks, BLOCK)
+        magnitude = each & 7
+        each = (each & 8) | jnp.where(magnitude < 2, magnitude ^ 1, magnitude)
+    codes = (each[..., ::2] | (each[..., 1::2] << 4)).astype(jnp.uint8).reshape(rows, blocks * BLOCK // 2)
+    base = (jax.lax.bitcast_convert_type(weight.factor.T, jnp.int32) >> 23) + 13  # [n, 1]
+    exponents = weight.exponents.T.astype(jnp.int32)
+    scales = jnp.where(exponents > 0, exponents // 4 + base - TOP, 0).astype(jnp.uint8)
+    return codes[:n, : k // 2], scales[:n, : k // BLOCK]
