@@ -15,7 +15,7 @@ to 4. With magnitudes 0 and 0.5 exchanged, bits 3 to 1 are those of e5m2: 0.5 is
 only zero, which looks like 0.75, has to be cleared.
 
 **Float4** (tpu7x). Eight consecutive rows to a word, nibble ``t`` of word row ``r`` has element ``8 r + t``: the order
-of the hardware's own conversion from float4_e2m1fn.
+of the hardware's own conversion from float4_e2m1fn, which leaves less room: 14 powers of two.
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ LANES = 128
 Kind = Literal["bytes", "float4"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
-TOP = 27
-"""Exponent of the largest scale of a column inside e5m2: 6 * 2**(27 - 14) is below its largest number."""
+SPAN: dict[str, int] = {"bytes": 27, "float4": 14}
+"""Powers of two that the scales of a column may cover: what is left of e5m2's exponents above and below a code's."""
+
+_TOP = {"bytes": 27, "float4": 13}
+# What the largest scale of a column adds to the exponent field of a code: 0 to 3 with bytes, 14 to 17 with float4.
 
 _LEAST_BASE = 14
 """The least scale code that a column's largest is taken for, so that the column's factor is a normal float32."""
@@ -44,8 +47,8 @@ _LEAST_BASE = 14
 class TPUWeight(NamedTuple):
     """A weight as the TPU kernels read it; K and N are padded to multiples of 128 with zeros.
 
-    words: int32 ``[K/8, N]``, codes. exponents: uint8 ``[K/32, N]``, four times the block's exponent inside e5m2 (0 for
-    a block of zeros). factor: float32 ``[1, N]``, the power of two that the columns have in common.
+    words: int32 ``[K/8, N]``, codes. exponents: uint8 ``[K/32, N]``, four times what the block adds to the exponent
+    field (0 for a block of zeros). factor: float32 ``[1, N]``, the power of two that the columns have in common.
     """
 
     words: Int32[Array, "k8 n"]
@@ -58,7 +61,9 @@ def padded(size: int) -> int:
     return -(-size // LANES) * LANES
 
 
-def check_scales(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"]) -> None:
+def check_scales(
+    codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"], kind: Kind = "bytes"
+) -> None:
     """Refuse what the layout cannot hold exactly. Concrete arrays only: not to be called under jit.
 
     Raises:
@@ -70,12 +75,13 @@ def check_scales(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"]) -> 
     held = (codes.reshape(*scales.shape, BLOCK // 2) & 0x77).any(-1)
     top = np.where(held, scales, 0).max(1, initial=0).astype(int)
     least = np.where(held, scales, 0xFF).min(1, initial=0xFF).astype(int)
-    low = np.maximum(top, _LEAST_BASE) - (TOP - 1)
+    low = np.maximum(top, _LEAST_BASE) - (SPAN[kind] - 1)
     if (least < low).any():
         row = int(np.argmax(low - least))
         raise ValueError(
             f"output {row} has scales from 2**{least[row] - 127} to 2**{top[row] - 127}, further apart than the "
-            f"{TOP} powers of two of the TPU layout: use implementation='xla'"
+            f"{SPAN[kind]} powers of two of the TPU layout {kind!r}: use "
+            + ("kind='bytes'" if kind == "float4" else "implementation='xla'")
         )
     if top.max(initial=0) > 127 + 110:
         raise ValueError(
@@ -98,6 +104,7 @@ def to_tpu(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"], kind: Kin
             f"codes have shape {codes.shape}, scales {scales.shape}: must be [N, K/2] and [N, K/32]"
         )
     more_n, more_k = padded(n) - n, padded(blocks * BLOCK) - blocks * BLOCK
+    top = _TOP[kind]
     codes = jnp.pad(codes, ((0, more_n), (0, more_k // 2)))
     scales = jnp.pad(scales, ((0, more_n), (0, more_k // BLOCK)))
 
@@ -106,7 +113,8 @@ def to_tpu(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"], kind: Kin
     held = (each != 0).any(-1)
     scale = jnp.where(held, scales, 0).astype(jnp.int32)  # [n, b]
     base = jnp.maximum(scale.max(1, keepdims=True), _LEAST_BASE)
-    exponents = jnp.where(held, jnp.clip(scale - base + TOP, 1, TOP) * 4, 0).astype(jnp.uint8)
+    exponents = jnp.where(held, jnp.maximum(scale - base + top, top - SPAN[kind] + 1) * 4, 0).astype(jnp.uint8)
+    # e5m2's exponent bias is 15; a code of 1.0 has field 1 with bytes, 15 with float4.
     factor = jax.lax.bitcast_convert_type((base - 13) << 23, jnp.float32)
     return TPUWeight(_words(each, kind), exponents.T, factor.T)
 
@@ -145,5 +153,6 @@ def from_tpu(
     codes = (each[..., ::2] | (each[..., 1::2] << 4)).astype(jnp.uint8).reshape(rows, blocks * BLOCK // 2)
     base = (jax.lax.bitcast_convert_type(weight.factor.T, jnp.int32) >> 23) + 13  # [n, 1]
     exponents = weight.exponents.T.astype(jnp.int32)
-    scales = jnp.where(exponents > 0, exponents // 4 + base - TOP, 0).astype(jnp.uint8)
+    held = (each != 0).any(-1)
+    scales = jnp.where(held, exponents // 4 + base - _TOP[kind], 0).astype(jnp.uint8)
     return codes[:n, : k // 2], scales[:n, : k // BLOCK]

@@ -1,0 +1,55 @@
+"""What the kernels compute, in jax.numpy on plain arrays, with the kernels' roundings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels.layout import BLOCK
+
+
+def rotate(x: Float[Array, "m k"], inter: Any, intra: Any) -> Float[Array, "m k"]:
+    """Both stages of a rotation, in any of their shapes; float32.
+
+    Products are summed in float32; with bfloat16 activations the first stage's result is rounded to bfloat16.
+    """
+    dtype, (rows, size) = x.dtype, x.shape
+    blocks = size // BLOCK
+    y: Any = x
+    if inter is not None:
+        group = inter.shape[-1]
+        shared = inter.ndim == 2 or (inter.ndim == 3 and inter.shape[0] * group == blocks)
+        grouped = y.reshape(rows, blocks // group, group, BLOCK)
+        if shared:
+            y = _einsum("mngk,ngh->mnhk", grouped, inter.reshape(blocks // group, group, group), dtype)
+        else:
+            y = _einsum(
+                "mngk,kngh->mnhk", grouped, inter.reshape(BLOCK, blocks // group, group, group), dtype
+            )
+        y = y.reshape(rows, size)
+    if intra is not None:
+        each = y.astype(dtype).reshape(rows, blocks, BLOCK)
+        spec = "mbk,kl->mbl" if intra.ndim == 2 else "mbk,bkl->mbl"
+        y = _einsum(spec, each, intra, dtype).reshape(rows, size)
+    return y.astype(jnp.float32)
+
+
+def _einsum(spec: str, x: Any, matrix: Any, dtype: Any) -> Any:
+    """Operands rounded to ``dtype``, products exact or float32, sums float32."""
+    x, matrix = (a.astype(dtype).astype(jnp.float32) for a in (x, matrix))
+    return jnp.einsum(spec, x, matrix, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def multiply(x: Float[Array, "m k"], weight: Float[Array, "n k"]) -> Float[Array, "m n"]:
+    """``x @ weight.T``, summed in float32."""
+    return jax.numpy.einsum(
+        "mk,nk->mn",
+        x.astype(jnp.float32),
+        weight.astype(jnp.float32),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )

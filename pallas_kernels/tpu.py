@@ -1,0 +1,575 @@
+"""TPU kernels: rotate, quantise to MXFP4 and multiply with an MXFP4 weight in one pass, for v5e, v6e and tpu7x.
+
+The weight enters the matrix unit as float8_e5m2 with each block's scale in its exponent (:mod:`pallas_kernels.layout`
+says why that is exact), beside bfloat16 activations whose values are exact MXFP4 values. Products are exact, sums are
+float32.
+
+The rotation works on whole vectors of 128 features, four blocks each. The stage inside the blocks is a product with
+tiles of 128 x 128 that hold four blocks' matrices on their diagonal. The stage between blocks first exchanges ``t`` bits
+of a feature's position inside its block with ``t`` bits of its vector's number, by lane rotations, so that one vector
+holds all ``4 * 2**t`` blocks of a group at ``32 / 2**t`` positions; then it, too, is one tile a vector.
+
+Arithmetic of bfloat16 activations: the products of each stage are summed in float32, the first stage's result is
+rounded to bfloat16, the second's is quantised as it is. float32 activations stay float32 throughout.
+:mod:`pallas_kernels.reference` computes the same with jax.numpy.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, UInt8
+
+from pallas_kernels import layout
+from pallas_kernels.layout import BLOCK, LANES, Kind, TPUWeight, padded
+
+Rule = Literal["floor", "ceil", "even"]
+RULES: tuple[str, ...] = get_args(Rule)
+"""Scale rules that one pass over a block can apply: those that its largest magnitude decides."""
+
+_CARRY = {"floor": 0, "ceil": (1 << 22) - 1, "even": 1 << 21}
+# Added to the bits of a block's largest magnitude, these raise its exponent where the rule lies above floor.
+
+_DECODE_ROWS = 128  # from more rows on, a weight tile is decoded once, into VMEM, and then multiplied
+_CHUNK = 512  # rows of K decoded at once
+
+
+class TPURotation(NamedTuple):
+    """A two-level rotation as the kernels read it, in bfloat16 (float32 for float32 activations).
+
+    inter: None or ``[U, J, R, 128]``: for each of ``U`` groups of ``128 * 2**t`` features the tiles' rows that differ,
+    ``R = max(16, 4 * 2**t)``; ``J`` is 1 where all positions have the same matrix, else ``2**t``.
+    intra: None, ``[32, 128]`` for one matrix, or ``[32, K]``: ``intra[k, 32 b + k']`` of block b.
+    """
+
+    inter: Array | None
+    intra: Array | None
+
+
+class Tiles(NamedTuple):
+    """Sizes that a call works in: rows of activations, columns of the weight, rows rotated at once."""
+
+    rows: int
+    columns: int
+    rotated: int = 128
+
+
+# ---------------------------------------------------------------- preparation
+
+
+def exchanged_bits(inter: Any, features: int) -> int | None:
+    """How many bits of position and vector number the kernels exchange for this stage; None if they cannot run it.
+
+    They can where the group of blocks that is mixed is a power of two up to 128.
+    """
+    blocks, size = features // BLOCK, inter.shape[-1]
+    if size > LANES or size & (size - 1) or blocks % size:
+        return None
+    return max(0, (size // 4).bit_length() - 1)
+
+
+@functools.partial(jax.jit, static_argnames=("features", "dtype"))
+def prepare_rotation(inter: Any, intra: Any, features: int, dtype: Any = jnp.bfloat16) -> TPURotation:
+    """The rotation in the kernels' layout; once for each site, when it is loaded.
+
+    Args:
+      inter, intra: None, or as ``torq_jax.TwoLevelRotation`` has them.
+      features: of the activation, a multiple of 32.
+      dtype: of the activations that it will rotate.
+
+    Raises:
+      ValueError: groups of blocks that are no power of two, or larger than 128.
+    """
+    vectors = padded(features) // LANES
+    made = None
+    if inter is not None:
+        t = exchanged_bits(inter, features)
+        if t is None:
+            raise ValueError(
+                f"the TPU kernels mix groups of 1, 2, 4, ... or 128 blocks, this rotation mixes {inter.shape[-1]} of "
+                f"{features // BLOCK}: rotate between blocks before the call, or solve with group=a power of two"
+            )
+        made = _inter_rows(inter, features // BLOCK, vectors, t).astype(dtype)
+    if intra is not None:
+        if intra.ndim == 2:
+            intra = jnp.tile(intra, (1, LANES // BLOCK))
+        else:
+            intra = jnp.pad(intra, ((0, vectors * 4 - intra.shape[0]), (0, 0), (0, 0)))
+            intra = intra.transpose(1, 0, 2).reshape(BLOCK, vectors * LANES)
+        intra = intra.astype(dtype)
+    return TPURotation(made, intra)
+
+
+def _inter_rows(inter: Any, blocks: int, vectors: int, t: int) -> Any:
+    size = inter.shape[-1]
+    shared = inter.ndim == 2 or (inter.ndim == 3 and inter.shape[0] * size == blocks)
+    positions = 1 if shared else BLOCK
+    groups = inter.reshape(positions, blocks // size, size, size)
+    width = 4 << t  # blocks in a vector after the exchange
+    units, each = vectors >> t, width // size
+    groups = jnp.pad(groups, ((0, 0), (0, units * each - groups.shape[1]), (0, 0), (0, 0)))
+    full = jnp.einsum(
+        "kugab,gh->kugahb", groups.reshape(positions, units, each, size, size), jnp.eye(each, dtype=groups.dtype)
+    ).reshape(positions, units, width, width)
+    # Block 4 v + c of the unit stands at c, v; position k at k >> t of the vector k % 2**t.
+    full = full.reshape(positions, units, 1 << t, 4, 1 << t, 4).transpose(0, 1, 3, 2, 5, 4)  # k u c v c' v'
+    if shared:
+        full = jnp.broadcast_to(full, (BLOCK, *full.shape[1:]))
+    full = full.reshape(BLOCK >> t, 1 << t, units, width, 4, 1 << t)  # kh j u (c v) c' v'
+    rows = full.transpose(2, 1, 3, 4, 0, 5).reshape(units, 1 << t, width, LANES)  # lanes c' kh v'
+    rows = rows[:, :1] if shared else rows
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, max(16, width) - width), (0, 0)))
+
+
+# ---------------------------------------------------------------- activations
+
+
+def _iota(axis: int, shape: tuple[int, int] = (LANES, LANES)) -> Any:
+    return lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def _dot(a: Any, b: Any) -> Any:
+    """Product summed in float32; float32 operands are not rounded."""
+    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, precision=exact, preferred_element_type=jnp.float32)
+
+
+def _expand_inter(rows: Any, t: int) -> Any:
+    """``[R, 128]`` -> ``[128, 128]``: each row where it belongs, at the lanes of its positions."""
+    if t == 5:
+        return rows
+    row, lane = _iota(0), _iota(1)
+    positions = (BLOCK >> t) - 1
+    source, column = _iota(0, (LANES, rows.shape[0])), _iota(1, (LANES, rows.shape[0]))
+    pick = column == ((source >> 5) << t) + (source & ((1 << t) - 1))
+    spread = _dot(pick.astype(rows.dtype), rows)
+    return jnp.where(((row >> t) & positions) == ((lane >> t) & positions), spread, 0).astype(rows.dtype)
+
+
+def _expand_intra(four: Any) -> Any:
+    """``[32, 128]``, four blocks side by side -> ``[128, 128]``, on the diagonal."""
+    lane = _iota(1, four.shape)
+    return jnp.concatenate(
+        [jnp.where(lane // BLOCK == i, four, jnp.zeros((), four.dtype)) for i in range(LANES // BLOCK)], axis=0
+    )
+
+
+def _exchange(parts: list[Any], t: int) -> list[Any]:
+    """Exchange the low ``t`` bits of the lane with those of the place in the list; its own inverse."""
+    if not t:
+        return parts
+    dtype = parts[0].dtype
+    if dtype == jnp.bfloat16:  # lanes rotate in 32 bits: pairs of rows
+        parts = [pltpu.bitcast(p, jnp.int32) for p in parts]
+    lane = _iota(1, parts[0].shape)
+    for p in range(t):
+        low = (lane >> p) & 1 == 0
+        for v in range(len(parts)):
+            if not v >> p & 1:
+                w = v | 1 << p
+                a, b = parts[v], parts[w]
+                parts[v] = jnp.where(low, a, pltpu.roll(b, 1 << p, 1))
+                parts[w] = jnp.where(low, pltpu.roll(a, LANES - (1 << p), 1), b)
+    return [pltpu.bitcast(p, dtype) for p in parts] if dtype == jnp.bfloat16 else parts
+
+
+def _block_scale(z: Any, rule: str) -> tuple[Any, Any]:
+    """Largest magnitude and scale (a power of two) of the 32 lanes up to each; right in the last lane of a block."""
+    amax = jnp.abs(z)
+    for step in range(5):
+        amax = jnp.maximum(amax, pltpu.roll(amax, 1 << step, 1))
+    bits = lax.bitcast_convert_type(amax, jnp.int32)
+    field = ((bits + jnp.int32(_CARRY[rule])) & jnp.int32(0x7F800000)) - jnp.int32(2 << 23)
+    return amax, lax.bitcast_convert_type(jnp.maximum(field, jnp.int32(1 << 23)), jnp.float32)
+
+
+def _spread(scale: Any) -> Any:
+    """The last lane of each block, in all lanes of the block; values that bfloat16 holds."""
+    pick = (_iota(0) == (_iota(1) | (BLOCK - 1))).astype(jnp.bfloat16)
+    return _dot(scale.astype(jnp.bfloat16), pick)
+
+
+def _round(z: Any, scale: Any, rule: str) -> Any:
+    """``z`` rounded to E2M1 times ``scale``, ties to even.
+
+    The grid's step is half the power of two below a magnitude, and half the scale at least: adding and taking away
+    1.5 * 2**22 times that power rounds to it, for either sign.
+    """
+    power = lax.bitcast_convert_type(
+        lax.bitcast_convert_type(z, jnp.int32) & jnp.int32(0x7F800000), jnp.float32
+    )
+    big = jnp.maximum(power, scale) * jnp.float32(1.5 * 2**22)
+    rounded = (z + big) - big
+    if rule == "floor":  # the others' scales leave nothing above 7
+        rounded = jnp.clip(rounded, -6 * scale, 6 * scale)
+    return rounded
+
+
+class _Stages(NamedTuple):
+    """What the activations' side of a kernel does; static."""
+
+    inter: int | None
+    shared: bool
+    intra: Literal["one", "each"] | None
+    rule: str | None
+
+    @property
+    def any(self) -> bool:
+        return self.inter is not None or self.intra is not None or self.rule is not None
+
+
+def _expand(stages: _Stages, vectors: int, inter_ref: Any, intra_ref: Any, tiles_ref: Any, own_ref: Any) -> None:
+    """All tiles of the rotation, into VMEM."""
+    if stages.inter is not None:
+        t = stages.inter
+        for tile in range(inter_ref.shape[0] * inter_ref.shape[1]):
+            unit, j = divmod(tile, inter_ref.shape[1])
+            tiles_ref[tile] = _expand_inter(inter_ref[unit, j], t)
+    if stages.intra is not None:
+        for v in range(1 if stages.intra == "one" else vectors):
+            own_ref[v] = _expand_intra(intra_ref[:, v * LANES : (v + 1) * LANES])
+
+
+def _rotated(stages: _Stages, x_ref: Any, rows: Any, unit: int, tiles_ref: Any, own_ref: Any) -> list[Any]:
+    """Rows of a unit's vectors after both stages, float32 or as they came."""
+    t = stages.inter or 0
+    first = unit << t
+    parts = [x_ref[rows, (first + v) * LANES : (first + v + 1) * LANES] for v in range(1 << t)]
+    dtype = parts[0].dtype
+    if stages.inter is not None:
+        each = 1 if stages.shared else 1 << t
+        parts = _exchange(parts, t)
+        mixed = [_dot(p, tiles_ref[unit * each + (v % each)]) for v, p in enumerate(parts)]
+        if stages.intra is not None:
+            mixed = [m.astype(dtype) for m in mixed]
+        parts = _exchange(mixed, t)
+    if stages.intra is not None:
+        parts = [_dot(p, own_ref[0 if stages.intra == "one" else first + v]) for v, p in enumerate(parts)]
+    return parts
+
+
+def _prologue(
+    stages: _Stages, x_ref: Any, out_ref: Any, tiles_ref: Any, own_ref: Any, count: int, step: int
+) -> None:
+    """Rotate and round ``count`` rows into ``out_ref``."""
+    vectors = x_ref.shape[1] // LANES
+    units = vectors >> (stages.inter or 0)
+
+    def body(i: Any, carry: Any) -> Any:
+        rows = pl.ds(pl.multiple_of(i * step, step), step) if count > step else slice(0, count)
+        for unit in range(units):
+            for v, z in enumerate(_rotated(stages, x_ref, rows, unit, tiles_ref, own_ref)):
+                if stages.rule is not None:
+                    z = z.astype(jnp.float32)
+                    z = _round(z, _spread(_block_scale(z, stages.rule)[1]), stages.rule)
+                lane = (unit << (stages.inter or 0)) + v
+                out_ref[rows, lane * LANES : (lane + 1) * LANES] = z.astype(out_ref.dtype)
+        return carry
+
+    if count > step:
+        lax.fori_loop(0, count // step, body, 0)
+    else:
+        body(0, 0)
+
+
+# ---------------------------------------------------------------- weights
+
+
+def _decode(words: Any, scale_rows: list[Any], kind: str) -> Any:
+    """Words ``[R, N]`` of two blocks (bytes) or one (float4) -> float8_e5m2 ``[32 or 64, N]``."""
+    zero = jnp.zeros((), jnp.float8_e5m2)
+    if kind == "float4":
+        codes = [pltpu.bitcast(pltpu.bitcast(words, jnp.float4_e2m1fn).astype(jnp.float8_e5m2), jnp.int32)]
+        nothing = 0
+    else:
+        even = words & jnp.int32(-0x71717172)  # 0x8E8E8E8E
+        odd = (lax.shift_right_logical(words, jnp.int32(3)) & jnp.int32(0x0E0E0E0E)) | (
+            (words << 7) & jnp.int32(-0x7F7F7F80)  # 0x80808080
+        )
+        codes, nothing = [even, odd], 2
+    made = []
+    for code, scale in zip(codes, scale_rows, strict=True):
+        value = pltpu.bitcast(code + scale, jnp.float8_e5m2)
+        held = pltpu.bitcast(code, jnp.uint8) != jnp.uint8(nothing)
+        made.append(jnp.where(held, value, zero))
+    return made[0] if len(made) == 1 else jnp.concatenate(made, axis=0)
+
+
+def _decode_rows(w_ref: Any, scale_ref: Any, first: int, count: int, kind: str) -> Any:
+    """Rows ``first`` to ``first + count`` of the weight, both multiples of 64."""
+    parts = []
+    per = BLOCK if kind == "float4" else 2 * BLOCK
+    for row in range(first, first + count, per):
+        scales = [scale_ref[b : b + 1, :] for b in range(row // BLOCK, (row + per) // BLOCK)]
+        parts.append(_decode(w_ref[row // 8 : (row + per) // 8, :], scales, kind))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
+
+
+def _kernel(
+    *refs: Any, stages: _Stages, kind: str, step: int, out_dtype: Any, has_inter: bool, has_intra: bool
+) -> None:
+    given = iter(refs)
+    x_ref, w_ref, e_ref, f_ref = (next(given) for _ in range(4))
+    inter_ref = next(given) if has_inter else None
+    intra_ref = next(given) if has_intra else None
+    out_ref, scale_ref = next(given), next(given)
+    ready_ref = next(given) if stages.any else x_ref
+    tiles_ref = next(given) if has_inter else None
+    own_ref = next(given) if has_intra else None
+    weight_ref = next(given, None)
+    size = x_ref.shape[1]
+
+    if stages.any:
+
+        @pl.when(pl.program_id(1) == 0)
+        def _() -> None:
+            _expand(stages, size // LANES, inter_ref, intra_ref, tiles_ref, own_ref)
+            _prologue(stages, x_ref, ready_ref, tiles_ref, own_ref, x_ref.shape[0], step)
+
+    # A block's exponent in all four bytes, to be added to its codes.
+    scale_ref[...] = pltpu.bitcast(e_ref[...], jnp.int8).astype(jnp.int32) * jnp.int32(0x01010101)
+    if weight_ref is None:
+        total = jnp.zeros(out_ref.shape, jnp.float32)
+        for first in range(0, size, _CHUNK):
+            count = min(_CHUNK, size - first)
+            weight = _decode_rows(w_ref, scale_ref, first, count, kind)
+            total += _multiply(ready_ref[:, first : first + count], weight)
+    else:
+        for first in range(0, size, _CHUNK):
+            count = min(_CHUNK, size - first)
+            weight_ref[first : first + count, :] = _decode_rows(w_ref, scale_ref, first, count, kind)
+        total = _multiply(ready_ref[...], weight_ref[...])
+    out_ref[...] = (total * f_ref[...]).astype(out_dtype)
+
+
+def _multiply(x: Any, weight: Any) -> Any:
+    if x.dtype == jnp.float32:
+        return jnp.dot(
+            x, weight.astype(jnp.float32), precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        )
+    return jnp.dot(x, weight, preferred_element_type=jnp.float32)
+
+
+# ---------------------------------------------------------------- calls
+
+
+def rotate_quantize_matmul(
+    x: Float[Array, "m k"],
+    weight: TPUWeight,
+    rotation: TPURotation = TPURotation(None, None),  # noqa: B008
+    *,
+    rule: Rule | None,
+    tiles: Tiles,
+    kind: Kind = "bytes",
+    interpret: Any = False,
+    vmem_limit: int | None = None,
+    name: str = "torq_matmul",
+) -> Float[Array, "m n"]:
+    """``round(rotate(x)) @ weight``: both rotation stages, the cast to MXFP4 and the product in one kernel.
+
+    Args:
+      x: ``[M, K]`` bfloat16 or float32, M of any size.
+      weight: from :func:`pallas_kernels.layout.to_tpu`.
+      rotation: from :func:`prepare_rotation`, of the dtype of ``x``.
+      rule: scale rule of the activations; None leaves them in float (W4A16).
+      tiles: sizes to work in, from :mod:`pallas_kernels.tiles`.
+      kind: layout of ``weight``.
+      interpret: as in ``pl.pallas_call``.
+      vmem_limit: bytes of VMEM the compiler may use; None for its default.
+
+    Returns:
+      ``[M, N]`` in the dtype of ``x``, N as padded. Rows with a magnitude above 2**105 or not finite are NaN; blocks
+      whose largest magnitude is below 2**-124 are rounded on a grid up to twice too coarse, or to zero.
+    """
+    rows, size = x.shape
+    full, columns = weight.words.shape[0] * 8, weight.words.shape[1]
+    stages = _check(x, full, rotation, rule)
+    row_tile, step = _row_sizes(rows, tiles)
+    more = -(-rows // row_tile) * row_tile - rows
+    if more or full > size:
+        x = jnp.pad(x, ((0, more), (0, full - size)))
+    column_tile = min(tiles.columns, columns)
+    grid = (x.shape[0] // row_tile, pl.cdiv(columns, column_tile))
+    whole = lambda shape: pl.BlockSpec(shape, lambda m, n: (0,) * len(shape))  # noqa: E731
+    specs = [
+        pl.BlockSpec((row_tile, full), lambda m, n: (m, 0)),
+        pl.BlockSpec((full // 8, column_tile), lambda m, n: (0, n)),
+        pl.BlockSpec((full // BLOCK, column_tile), lambda m, n: (0, n)),
+        pl.BlockSpec((1, column_tile), lambda m, n: (0, n)),
+        *(whole(matrix.shape) for matrix in rotation if matrix is not None),
+    ]
+    scratch = [pltpu.VMEM((full // BLOCK, column_tile), jnp.int32)]
+    if stages.any:
+        scratch.append(pltpu.VMEM((row_tile, full), jnp.bfloat16 if rule else x.dtype))
+    scratch += _rotation_scratch(rotation, stages, full)
+    if row_tile > _DECODE_ROWS:
+        scratch.append(pltpu.VMEM((full, column_tile), jnp.float8_e5m2))
+    kernel = functools.partial(
+        _kernel,
+        stages=stages,
+        kind=kind,
+        step=step,
+        out_dtype=x.dtype,
+        has_inter=rotation.inter is not None,
+        has_intra=rotation.intra is not None,
+    )
+    y = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], columns), x.dtype),
+        grid=grid,
+        in_specs=specs,
+        out_specs=pl.BlockSpec((row_tile, column_tile), lambda m, n: (m, n)),
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit
+        ),
+        interpret=interpret,
+        name=name,
+    )(x, *weight, *(matrix for matrix in rotation if matrix is not None))
+    return y[:rows]
+
+
+def _row_sizes(rows: int, tiles: Tiles) -> tuple[int, int]:
+    """Rows of a tile and rows rotated at once, which divide them; multiples of 16, as bfloat16 is packed."""
+    row_tile = min(tiles.rows, -(-rows // 16) * 16)
+    step = min(tiles.rotated, row_tile)
+    return -(-row_tile // step) * step, step
+
+
+def _check(x: Any, full: int, rotation: TPURotation, rule: str | None) -> _Stages:
+    rows, size = x.shape
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"activations are {x.dtype}: must be bfloat16 or float32")
+    if size % BLOCK or padded(size) != full:
+        raise ValueError(f"activations have {size} features, the weight {full}")
+    if rule is not None and rule not in RULES:
+        raise ValueError(f"scale rule {rule!r} cannot run in one pass: must be one of {', '.join(RULES)}")
+    for matrix in rotation:
+        if matrix is not None and matrix.dtype != x.dtype:
+            raise ValueError(f"activations are {x.dtype}, the rotation was prepared for {matrix.dtype}")
+    t, shared = None, False
+    if rotation.inter is not None:
+        units = rotation.inter.shape[0]
+        if full % (LANES * units):
+            raise ValueError(f"activations have {size} features, the rotation {units} groups of them")
+        t = (full // LANES // units).bit_length() - 1
+        shared = rotation.inter.shape[1] == 1
+    own: Literal["one", "each"] | None = None
+    if rotation.intra is not None:
+        own = "one" if rotation.intra.shape[1] == LANES and full > LANES else "each"
+        if own == "each" and rotation.intra.shape[1] != full:
+            raise ValueError(f"activations have {full} features, the rotation {rotation.intra.shape[1]}")
+    return _Stages(t, shared, own, rule)
+
+
+def _rotation_scratch(rotation: TPURotation, stages: _Stages, full: int) -> list[Any]:
+    made = []
+    if rotation.inter is not None:
+        count = int(np.prod(rotation.inter.shape[:2]))
+        made.append(pltpu.VMEM((count, LANES, LANES), rotation.inter.dtype))
+    if rotation.intra is not None:
+        count = 1 if stages.intra == "one" else full // LANES
+        made.append(pltpu.VMEM((count, LANES, LANES), rotation.intra.dtype))
+    return made
+
+
+def _codes_kernel(*refs: Any, stages: _Stages, has_inter: bool, has_intra: bool) -> None:
+    given = iter(refs)
+    x_ref = next(given)
+    inter_ref = next(given) if has_inter else None
+    intra_ref = next(given) if has_intra else None
+    codes_ref, scales_ref = next(given), next(given)
+    tiles_ref = next(given) if has_inter else None
+    own_ref = next(given) if has_intra else None
+    vectors = x_ref.shape[1] // LANES
+    _expand(stages, vectors, inter_ref, intra_ref, tiles_ref, own_ref)
+    t = stages.inter or 0
+    rule = stages.rule
+    assert rule is not None
+    row, lane = _iota(0), _iota(1)
+    parts: list[Any] = []
+    for unit in range(vectors >> t):
+        parts += _rotated(stages, x_ref, slice(None), unit, tiles_ref, own_ref)
+    packed, fields = [], []
+    for v, z in enumerate(parts):
+        z = z.astype(jnp.float32)
+        amax, scale = _block_scale(z, rule)
+        wide = _spread(scale)
+        bits = lax.bitcast_convert_type(_round(z, wide, rule), jnp.int32)
+        # Counted from 1.0 (code 2), exponent field and first mantissa bit are the code; 0.5 and 0 are below.
+        unit_bits = lax.bitcast_convert_type(wide, jnp.int32) >> 22
+        code = ((bits & jnp.int32(0x7FFFFFFF)) >> 22) - unit_bits + 2
+        code = jnp.where(code >= 2, code, jnp.where(bits & jnp.int32(0x7FFFFFFF) != 0, 1, 0))
+        code |= lax.shift_right_logical(lax.bitcast_convert_type(z, jnp.int32), jnp.int32(28)) & 8
+        # Two codes to a byte by a product with 1 and 16: exact, and lanes come together.
+        pair = (lane - (v % 2) * (LANES // 2)) == row // 2
+        weigh = jnp.where(pair, jnp.where(row % 2 == 0, 1.0, 16.0), 0.0).astype(jnp.bfloat16)
+        packed.append(_dot(code.astype(jnp.float32).astype(jnp.bfloat16), weigh))
+        field = lax.bitcast_convert_type(jnp.where(amax > 0, scale, 0.0), jnp.int32) >> 23
+        gather = (row % BLOCK == BLOCK - 1) & (lane == (v % BLOCK) * 4 + row // BLOCK)
+        fields.append(_dot(field.astype(jnp.float32).astype(jnp.bfloat16), gather.astype(jnp.bfloat16)))
+    for v in range(0, vectors, 2):
+        both = packed[v] + packed[v + 1] if v + 1 < vectors else packed[v]
+        codes_ref[:, v * 64 : v * 64 + LANES] = both.astype(jnp.int32).astype(jnp.uint8)
+    for v in range(0, vectors, BLOCK):
+        scales_ref[:, v * 4 : v * 4 + LANES] = sum(fields[v : v + BLOCK]).astype(jnp.int32).astype(jnp.uint8)
+
+
+def rotate_quantize(
+    x: Float[Array, "m k"],
+    rotation: TPURotation = TPURotation(None, None),  # noqa: B008
+    *,
+    rule: Rule,
+    rows: int = 128,
+    interpret: Any = False,
+    vmem_limit: int | None = None,
+    name: str = "torq_rotate_quantize",
+) -> tuple[UInt8[Array, "m k2"], UInt8[Array, "m k32"]]:
+    """Rotated activations as MXFP4: canonical ``codes [M, K/2]`` and ``scales [M, K/32]``.
+
+    Args as in :func:`rotate_quantize_matmul`; ``rows`` are worked on at once.
+    """
+    count, size = x.shape
+    full = padded(size)
+    stages = _check(x, full, rotation, rule)
+    row_tile = min(rows, -(-count // 32) * 32)
+    more = -(-count // row_tile) * row_tile - count
+    x = jnp.pad(x, ((0, more), (0, full - size)))
+    code_lanes, scale_lanes = padded(full // 2), padded(full // BLOCK)
+    whole = lambda shape: pl.BlockSpec(shape, lambda m: (0,) * len(shape))  # noqa: E731
+    kernel = functools.partial(
+        _codes_kernel,
+        stages=stages,
+        has_inter=rotation.inter is not None,
+        has_intra=rotation.intra is not None,
+    )
+    codes, scales = pl.pallas_call(
+        kernel,
+        out_shape=(
+            jax.ShapeDtypeStruct((x.shape[0], code_lanes), jnp.uint8),
+            jax.ShapeDtypeStruct((x.shape[0], scale_lanes), jnp.uint8),
+        ),
+        grid=(x.shape[0] // row_tile,),
+        in_specs=[
+            pl.BlockSpec((row_tile, full), lambda m: (m, 0)),
+            *(whole(matrix.shape) for matrix in rotation if matrix is not None),
+        ],
+        out_specs=(
+            pl.BlockSpec((row_tile, code_lanes), lambda m: (m, 0)),
+            pl.BlockSpec((row_tile, scale_lanes), lambda m: (m, 0)),
+        ),
+        scratch_shapes=_rotation_scratch(rotation, stages, full),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=vmem_limit
+        ),
+        interpret=interpret,
+        name=name,
+    )(x, *(matrix for matrix in rotation if matrix is not None))
+    return codes[:count, : size // 2], scales[:count, : size // BLOCK]
