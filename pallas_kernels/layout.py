@@ -61,9 +61,7 @@ def padded(size: int) -> int:
     return -(-size // LANES) * LANES
 
 
-def check_scales(
-    codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"], kind: Kind = "bytes"
-) -> None:
+def check_scales(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"], kind: Kind = "bytes") -> None:
     """Refuse what the layout cannot hold exactly. Concrete arrays only: not to be called under jit.
 
     Raises:
@@ -113,7 +111,9 @@ def to_tpu(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"], kind: Kin
     held = (each != 0).any(-1)
     scale = jnp.where(held, scales, 0).astype(jnp.int32)  # [n, b]
     base = jnp.maximum(scale.max(1, keepdims=True), _LEAST_BASE)
-    exponents = jnp.where(held, jnp.maximum(scale - base + top, top - SPAN[kind] + 1) * 4, 0).astype(jnp.uint8)
+    exponents = jnp.where(held, jnp.maximum(scale - base + top, top - SPAN[kind] + 1) * 4, 0).astype(
+        jnp.uint8
+    )
     # e5m2's exponent bias is 15; a code of 1.0 has field 1 with bytes, 15 with float4.
     factor = jax.lax.bitcast_convert_type((base - 13) << 23, jnp.float32)
     return TPUWeight(_words(each, kind), exponents.T, factor.T)
@@ -127,9 +127,13 @@ def _words(each: UInt8[Array, "n b 32"], kind: Kind) -> Int32[Array, "k8 n"]:
     else:
         sign, magnitude = (each & 8).astype(jnp.uint32), (each & 7).astype(jnp.uint32)
         magnitude = jnp.where(magnitude < 2, magnitude ^ 1, magnitude)
-        pairs = jnp.stack([magnitude, sign], -1).reshape(n, blocks // 2, 2, 8, 4, 2)  # [n, p, even|odd, r, t, m|s]
+        pairs = jnp.stack([magnitude, sign], -1).reshape(
+            n, blocks // 2, 2, 8, 4, 2
+        )  # [n, p, even|odd, r, t, m|s]
         even, odd = pairs[:, :, 0], pairs[:, :, 1]
-        byte = (even[..., 1] << 4) | (even[..., 0] << 1) | (odd[..., 0] << 4) | (odd[..., 1] >> 3)  # [n, p, r, t]
+        byte = (
+            (even[..., 1] << 4) | (even[..., 0] << 1) | (odd[..., 0] << 4) | (odd[..., 1] >> 3)
+        )  # [n, p, r, t]
         word = sum(byte[..., t] << (8 * t) for t in range(4)).reshape(n, blocks * 4)
     return jax.lax.bitcast_convert_type(word, jnp.int32).T
 

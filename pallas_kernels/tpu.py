@@ -39,6 +39,7 @@ _CARRY = {"floor": 0, "ceil": (1 << 22) - 1, "even": 1 << 21}
 
 _DECODE_ROWS = 128  # from more rows on, a weight tile is decoded once, into VMEM, and then multiplied
 _CHUNK = 512  # rows of K decoded at once
+_TOGETHER = 32  # vectors of 128 features rotated and rounded at once
 
 
 class TPURotation(NamedTuple):
@@ -54,11 +55,15 @@ class TPURotation(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Sizes that a call works in: rows of activations, columns of the weight, rows rotated at once."""
+    """How a call works: rows of activations and columns of the weight in a tile, rows rotated at once.
+
+    halves: whether bfloat16 vectors are compared as such, two rows to a lane (v6e and later have the instructions).
+    """
 
     rows: int
     columns: int
-    rotated: int = 128
+    rotated: int = 32
+    halves: bool = True
 
 
 # ---------------------------------------------------------------- preparation
@@ -116,14 +121,16 @@ def _inter_rows(inter: Any, blocks: int, vectors: int, t: int) -> Any:
     units, each = vectors >> t, width // size
     groups = jnp.pad(groups, ((0, 0), (0, units * each - groups.shape[1]), (0, 0), (0, 0)))
     full = jnp.einsum(
-        "kugab,gh->kugahb", groups.reshape(positions, units, each, size, size), jnp.eye(each, dtype=groups.dtype)
+        "kugab,gh->kugahb",
+        groups.reshape(positions, units, each, size, size),
+        jnp.eye(each, dtype=groups.dtype),
     ).reshape(positions, units, width, width)
-    # Block 4 v + c of the unit stands at c, v; position k at k >> t of the vector k % 2**t.
+    # Block 4 v + c of the unit stands at c, v; position k at the low bits of k of the vector that its high bits name.
     full = full.reshape(positions, units, 1 << t, 4, 1 << t, 4).transpose(0, 1, 3, 2, 5, 4)  # k u c v c' v'
     if shared:
         full = jnp.broadcast_to(full, (BLOCK, *full.shape[1:]))
-    full = full.reshape(BLOCK >> t, 1 << t, units, width, 4, 1 << t)  # kh j u (c v) c' v'
-    rows = full.transpose(2, 1, 3, 4, 0, 5).reshape(units, 1 << t, width, LANES)  # lanes c' kh v'
+    full = full.reshape(1 << t, BLOCK >> t, units, width, width)  # j k u (c v) (c' v')
+    rows = full.transpose(2, 0, 3, 4, 1).reshape(units, 1 << t, width, LANES)  # lanes c' v' k
     rows = rows[:, :1] if shared else rows
     return jnp.pad(rows, ((0, 0), (0, 0), (0, max(16, width) - width), (0, 0)))
 
@@ -141,42 +148,59 @@ def _dot(a: Any, b: Any) -> Any:
     return jnp.dot(a, b, precision=exact, preferred_element_type=jnp.float32)
 
 
-def _expand_inter(rows: Any, t: int) -> Any:
-    """``[R, 128]`` -> ``[128, 128]``: each row where it belongs, at the lanes of its positions."""
-    if t == 5:
-        return rows
-    row, lane = _iota(0), _iota(1)
-    positions = (BLOCK >> t) - 1
-    source, column = _iota(0, (LANES, rows.shape[0])), _iota(1, (LANES, rows.shape[0]))
-    pick = column == ((source >> 5) << t) + (source & ((1 << t) - 1))
-    spread = _dot(pick.astype(rows.dtype), rows)
-    return jnp.where(((row >> t) & positions) == ((lane >> t) & positions), spread, 0).astype(rows.dtype)
+def _expand_inter(rows_ref: Any, first: int, t: int, dtype: Any) -> Any:
+    """Rows ``first`` to ``first + 4 * 2**t`` -> ``[128, 128]``: each row at its block's positions, on their lanes.
+
+    ``rows_ref`` has 32-bit rows: float32 values, or each bfloat16 value twice.
+    """
+    packed = 2 if dtype == jnp.bfloat16 else 1
+    repeat = (BLOCK >> t) // packed  # words of a column that a row fills
+    shape = (8, LANES)
+    word, lane = _iota(0, shape), _iota(1, shape)
+    position = lane & ((BLOCK >> t) - 1)
+    made = []
+    for start in range(0, LANES // packed, 8):
+        row = rows_ref[first + start // repeat : first + start // repeat + 1, :]
+        value = jnp.broadcast_to(row, shape)
+        for i in range(1, 8 // repeat):
+            row = rows_ref[first + start // repeat + i : first + start // repeat + i + 1, :]
+            value = jnp.where(word >= i * repeat, jnp.broadcast_to(row, shape), value)
+        at = ((start + word) * packed) & ((BLOCK >> t) - 1)
+        if packed == 1:
+            made.append(jnp.where(position == at, value, jnp.float32(0)))
+        else:
+            half = jnp.where(position == at, 0xFFFF, 0) | jnp.where(position == at + 1, -0x10000, 0)
+            made.append(value & half)
+    tile = jnp.concatenate(made, axis=0)
+    return tile if packed == 1 else pltpu.bitcast(tile, jnp.bfloat16)
 
 
 def _expand_intra(four: Any) -> Any:
     """``[32, 128]``, four blocks side by side -> ``[128, 128]``, on the diagonal."""
     lane = _iota(1, four.shape)
     return jnp.concatenate(
-        [jnp.where(lane // BLOCK == i, four, jnp.zeros((), four.dtype)) for i in range(LANES // BLOCK)], axis=0
+        [jnp.where(lane // BLOCK == i, four, jnp.zeros((), four.dtype)) for i in range(LANES // BLOCK)],
+        axis=0,
     )
 
 
 def _exchange(parts: list[Any], t: int) -> list[Any]:
-    """Exchange the low ``t`` bits of the lane with those of the place in the list; its own inverse."""
+    """Exchange the high ``t`` bits of a lane's position with the low ones of the place in the list; its own inverse."""
     if not t:
         return parts
     dtype = parts[0].dtype
     if dtype == jnp.bfloat16:  # lanes rotate in 32 bits: pairs of rows
         parts = [pltpu.bitcast(p, jnp.int32) for p in parts]
     lane = _iota(1, parts[0].shape)
-    for p in range(t):
-        low = (lane >> p) & 1 == 0
+    for i in range(t):
+        step = 1 << (5 - t + i)
+        low = lane & step == 0
         for v in range(len(parts)):
-            if not v >> p & 1:
-                w = v | 1 << p
+            if not v >> i & 1:
+                w = v | 1 << i
                 a, b = parts[v], parts[w]
-                parts[v] = jnp.where(low, a, pltpu.roll(b, 1 << p, 1))
-                parts[w] = jnp.where(low, pltpu.roll(a, LANES - (1 << p), 1), b)
+                parts[v] = jnp.where(low, a, pltpu.roll(b, step, 1))
+                parts[w] = jnp.where(low, pltpu.roll(a, LANES - step, 1), b)
     return [pltpu.bitcast(p, dtype) for p in parts] if dtype == jnp.bfloat16 else parts
 
 
@@ -190,10 +214,49 @@ def _block_scale(z: Any, rule: str) -> tuple[Any, Any]:
     return amax, lax.bitcast_convert_type(jnp.maximum(field, jnp.int32(1 << 23)), jnp.float32)
 
 
-def _spread(scale: Any) -> Any:
-    """The last lane of each block, in all lanes of the block; values that bfloat16 holds."""
+def _wide_scales(parts: list[Any], rule: str) -> list[Any]:
+    """Scales of up to 32 vectors' blocks, each in all lanes of its block, worked out for all vectors together.
+
+    For many rows: lane rotations are what the vectors wait for, and every step of this reduction halves the vectors.
+    The upper half of a float32 decides a magnitude's exponent and its first two mantissa bits, so cut off to bfloat16,
+    not rounded, it decides the rules 'floor' and 'even', two rows to a lane.
+    """
+    words = []
+    for z in parts:
+        bits = lax.bitcast_convert_type(z, jnp.int32) & jnp.int32(0x7FFF0000)
+        words.append(lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16))
+    lane = _iota(1, (parts[0].shape[0] // 2, LANES))
+    for step in (16, 8, 4, 2, 1):
+        low = lane & step == 0
+        merged = []
+        for i in range(0, len(words), 2):
+            a, b = (pltpu.bitcast(words[min(j, len(words) - 1)], jnp.int32) for j in (i, i + 1))
+            here = jnp.where(low, a, pltpu.roll(b, step, 1))
+            there = jnp.where(low, pltpu.roll(a, LANES - step, 1), b)
+            merged.append(jnp.maximum(pltpu.bitcast(here, jnp.bfloat16), pltpu.bitcast(there, jnp.bfloat16)))
+        words = merged
+    amax = jnp.maximum(words[0], jnp.asarray(2.0**-124, jnp.bfloat16))
+    # Both halves of a word at once. Two off the exponent first: then neither a carry nor a borrow leaves its half.
+    less = (2 << 7) - (_CARRY[rule] >> 16)
+    field = (pltpu.bitcast(amax, jnp.int32) - jnp.int32(less * 0x10001)) & jnp.int32(0x7F807F80)
+    scale = pltpu.bitcast(field, jnp.bfloat16)
+    made = []
+    for v in range(len(parts)):
+        place = int(f"{v:05b}"[::-1], 2)  # the first step put the lowest bit of v highest
+        pick = _iota(0) == (_iota(1) & 96) + place
+        made.append(_dot(scale, pick.astype(jnp.bfloat16)))
+    return made
+
+
+def _spread(scales: list[Any]) -> list[Any]:
+    """The last lane of each block, in all lanes of the block; values that bfloat16 holds.
+
+    By a product with zeros and ones, of many vectors at once: the matrix is loaded once for all.
+    """
     pick = (_iota(0) == (_iota(1) | (BLOCK - 1))).astype(jnp.bfloat16)
-    return _dot(scale.astype(jnp.bfloat16), pick)
+    rows = scales[0].shape[0]
+    wide = _dot(jnp.concatenate([s.astype(jnp.bfloat16) for s in scales], axis=0), pick)
+    return [wide[i * rows : (i + 1) * rows] for i in range(len(scales))]
 
 
 def _round(z: Any, scale: Any, rule: str) -> Any:
@@ -219,39 +282,67 @@ class _Stages(NamedTuple):
     shared: bool
     intra: Literal["one", "each"] | None
     rule: str | None
+    halves: bool
 
     @property
     def any(self) -> bool:
         return self.inter is not None or self.intra is not None or self.rule is not None
 
 
-def _expand(stages: _Stages, vectors: int, inter_ref: Any, intra_ref: Any, tiles_ref: Any, own_ref: Any) -> None:
+def _scales(parts: list[Any], stages: _Stages) -> list[Any]:
+    """Scales of vectors' blocks, each in all lanes of its block."""
+    rule = stages.rule
+    assert rule is not None
+    # The last bit of a magnitude decides 'ceil'; few rows wait less for one matrix than for fewer rotations.
+    if rule == "ceil" or not stages.halves or parts[0].shape[0] < 64:
+        return _spread([_block_scale(z, rule)[1] for z in parts])
+    made = []
+    for first in range(0, len(parts), BLOCK):
+        made += _wide_scales(parts[first : first + BLOCK], rule)
+    return made
+
+
+def _expand(
+    stages: _Stages, vectors: int, inter_ref: Any, intra_ref: Any, rows_ref: Any, tiles_ref: Any, own_ref: Any
+) -> None:
     """All tiles of the rotation, into VMEM."""
     if stages.inter is not None:
-        t = stages.inter
+        t, count, dtype = stages.inter, inter_ref.shape[2], inter_ref.dtype
         for tile in range(inter_ref.shape[0] * inter_ref.shape[1]):
-            unit, j = divmod(tile, inter_ref.shape[1])
-            tiles_ref[tile] = _expand_inter(inter_ref[unit, j], t)
+            rows = inter_ref[divmod(tile, inter_ref.shape[1])]
+            if t == 5:
+                tiles_ref[tile] = rows
+                continue
+            if dtype == jnp.bfloat16:
+                bits = lax.bitcast_convert_type(rows.astype(jnp.float32), jnp.int32)
+                rows = bits | lax.shift_right_logical(bits, jnp.int32(16))
+            rows_ref[tile * count : (tile + 1) * count, :] = rows
+            tiles_ref[tile] = _expand_inter(rows_ref, tile * count, t, dtype)
     if stages.intra is not None:
         for v in range(1 if stages.intra == "one" else vectors):
             own_ref[v] = _expand_intra(intra_ref[:, v * LANES : (v + 1) * LANES])
 
 
-def _rotated(stages: _Stages, x_ref: Any, rows: Any, unit: int, tiles_ref: Any, own_ref: Any) -> list[Any]:
-    """Rows of a unit's vectors after both stages, float32 or as they came."""
+def _rotated(stages: _Stages, x_ref: Any, rows: Any, units: range, tiles_ref: Any, own_ref: Any) -> list[Any]:
+    """Rows of some units' vectors after both stages, float32 or as they came.
+
+    Step by step for all vectors, so that each waits for its own lane rotations and products only.
+    """
     t = stages.inter or 0
-    first = unit << t
-    parts = [x_ref[rows, (first + v) * LANES : (first + v + 1) * LANES] for v in range(1 << t)]
+    vectors = range(units.start << t, units.stop << t)
+    parts = [x_ref[rows, v * LANES : (v + 1) * LANES] for v in vectors]
     dtype = parts[0].dtype
     if stages.inter is not None:
-        each = 1 if stages.shared else 1 << t
+        tile = (lambda v: v >> t) if stages.shared else (lambda v: v)
         parts = _exchange(parts, t)
-        mixed = [_dot(p, tiles_ref[unit * each + (v % each)]) for v, p in enumerate(parts)]
+        parts = [_dot(p, tiles_ref[tile(v)]) for v, p in zip(vectors, parts, strict=True)]
         if stages.intra is not None:
-            mixed = [m.astype(dtype) for m in mixed]
-        parts = _exchange(mixed, t)
+            parts = [p.astype(dtype) for p in parts]
+        parts = _exchange(parts, t)
     if stages.intra is not None:
-        parts = [_dot(p, own_ref[0 if stages.intra == "one" else first + v]) for v, p in enumerate(parts)]
+        parts = [
+            _dot(p, own_ref[0 if stages.intra == "one" else v]) for v, p in zip(vectors, parts, strict=True)
+        ]
     return parts
 
 
@@ -261,16 +352,19 @@ def _prologue(
     """Rotate and round ``count`` rows into ``out_ref``."""
     vectors = x_ref.shape[1] // LANES
     units = vectors >> (stages.inter or 0)
+    together = max(1, _TOGETHER >> (stages.inter or 0))
 
     def body(i: Any, carry: Any) -> Any:
         rows = pl.ds(pl.multiple_of(i * step, step), step) if count > step else slice(0, count)
-        for unit in range(units):
-            for v, z in enumerate(_rotated(stages, x_ref, rows, unit, tiles_ref, own_ref)):
-                if stages.rule is not None:
-                    z = z.astype(jnp.float32)
-                    z = _round(z, _spread(_block_scale(z, stages.rule)[1]), stages.rule)
-                lane = (unit << (stages.inter or 0)) + v
-                out_ref[rows, lane * LANES : (lane + 1) * LANES] = z.astype(out_ref.dtype)
+        for first in range(0, units, together):
+            some = range(first, min(units, first + together))
+            parts = _rotated(stages, x_ref, rows, some, tiles_ref, own_ref)
+            if stages.rule is not None:
+                parts = [z.astype(jnp.float32) for z in parts]
+                wide = _scales(parts, stages)
+                parts = [_round(z, s, stages.rule) for z, s in zip(parts, wide, strict=True)]
+            for v, z in enumerate(parts, first << (stages.inter or 0)):
+                out_ref[rows, v * LANES : (v + 1) * LANES] = z.astype(out_ref.dtype)
         return carry
 
     if count > step:
@@ -312,41 +406,54 @@ def _decode_rows(w_ref: Any, scale_ref: Any, first: int, count: int, kind: str) 
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
 
 
-def _kernel(
-    *refs: Any, stages: _Stages, kind: str, step: int, out_dtype: Any, has_inter: bool, has_intra: bool
-) -> None:
+def _spread_exponents(exponents: Any) -> Any:
+    """A block's exponent in all four bytes of a word, to be added to four of its codes at once."""
+    return pltpu.bitcast(exponents, jnp.int8).astype(jnp.int32) * jnp.int32(0x01010101)
+
+
+def _kernel(*refs: Any, stages: _Stages, kind: str, step: int, resident: bool, out_dtype: Any) -> None:
+    """One tile of the weight; in the first of a row of tiles the activations are made ready, too."""
     given = iter(refs)
     x_ref, w_ref, e_ref, f_ref = (next(given) for _ in range(4))
-    inter_ref = next(given) if has_inter else None
-    intra_ref = next(given) if has_intra else None
+    inter_ref = next(given) if stages.inter is not None else None
+    intra_ref = next(given) if stages.intra is not None else None
     out_ref, scale_ref = next(given), next(given)
+    weight_ref = next(given) if resident else None
     ready_ref = next(given) if stages.any else x_ref
-    tiles_ref = next(given) if has_inter else None
-    own_ref = next(given) if has_intra else None
-    weight_ref = next(given, None)
+    scratch = list(given)
     size = x_ref.shape[1]
+
+    def multiply() -> None:
+        scale_ref[...] = _spread_exponents(e_ref[...])
+        total = jnp.zeros(out_ref.shape, jnp.float32)
+        for first in range(0, size, _CHUNK):
+            rows = slice(first, min(first + _CHUNK, size))
+            weight = _decode_rows(w_ref, scale_ref, rows.start, rows.stop - rows.start, kind)
+            if weight_ref is None:
+                total += _multiply(ready_ref[:, rows], weight)
+            else:
+                weight_ref[rows, :] = weight
+        if weight_ref is not None:
+            total = _multiply(ready_ref[...], weight_ref[...])
+        out_ref[...] = (total * f_ref[...]).astype(out_dtype)
 
     if stages.any:
 
         @pl.when(pl.program_id(1) == 0)
         def _() -> None:
-            _expand(stages, size // LANES, inter_ref, intra_ref, tiles_ref, own_ref)
-            _prologue(stages, x_ref, ready_ref, tiles_ref, own_ref, x_ref.shape[0], step)
+            _prepare(stages, x_ref, inter_ref, intra_ref, ready_ref, list(scratch), step)
 
-    # A block's exponent in all four bytes, to be added to its codes.
-    scale_ref[...] = pltpu.bitcast(e_ref[...], jnp.int8).astype(jnp.int32) * jnp.int32(0x01010101)
-    if weight_ref is None:
-        total = jnp.zeros(out_ref.shape, jnp.float32)
-        for first in range(0, size, _CHUNK):
-            count = min(_CHUNK, size - first)
-            weight = _decode_rows(w_ref, scale_ref, first, count, kind)
-            total += _multiply(ready_ref[:, first : first + count], weight)
-    else:
-        for first in range(0, size, _CHUNK):
-            count = min(_CHUNK, size - first)
-            weight_ref[first : first + count, :] = _decode_rows(w_ref, scale_ref, first, count, kind)
-        total = _multiply(ready_ref[...], weight_ref[...])
-    out_ref[...] = (total * f_ref[...]).astype(out_dtype)
+    multiply()
+
+
+def _prepare(
+    stages: _Stages, x_ref: Any, inter_ref: Any, intra_ref: Any, ready_ref: Any, scratch: list[Any], step: int
+) -> None:
+    """Rotated and rounded activations, into VMEM."""
+    rows_ref, tiles_ref = (scratch.pop(0), scratch.pop(0)) if stages.inter is not None else (None, None)
+    own_ref = scratch.pop(0) if stages.intra is not None else None
+    _expand(stages, x_ref.shape[1] // LANES, inter_ref, intra_ref, rows_ref, tiles_ref, own_ref)
+    _prologue(stages, x_ref, ready_ref, tiles_ref, own_ref, x_ref.shape[0], step)
 
 
 def _multiply(x: Any, weight: Any) -> Any:
@@ -390,50 +497,44 @@ def rotate_quantize_matmul(
     """
     rows, size = x.shape
     full, columns = weight.words.shape[0] * 8, weight.words.shape[1]
-    stages = _check(x, full, rotation, rule)
+    stages = _check(x, full, rotation, rule, tiles.halves)
     row_tile, step = _row_sizes(rows, tiles)
     more = -(-rows // row_tile) * row_tile - rows
     if more or full > size:
         x = jnp.pad(x, ((0, more), (0, full - size)))
     column_tile = min(tiles.columns, columns)
-    grid = (x.shape[0] // row_tile, pl.cdiv(columns, column_tile))
-    whole = lambda shape: pl.BlockSpec(shape, lambda m, n: (0,) * len(shape))  # noqa: E731
-    specs = [
-        pl.BlockSpec((row_tile, full), lambda m, n: (m, 0)),
-        pl.BlockSpec((full // 8, column_tile), lambda m, n: (0, n)),
-        pl.BlockSpec((full // BLOCK, column_tile), lambda m, n: (0, n)),
-        pl.BlockSpec((1, column_tile), lambda m, n: (0, n)),
-        *(whole(matrix.shape) for matrix in rotation if matrix is not None),
-    ]
-    scratch = [pltpu.VMEM((full // BLOCK, column_tile), jnp.int32)]
-    if stages.any:
-        scratch.append(pltpu.VMEM((row_tile, full), jnp.bfloat16 if rule else x.dtype))
-    scratch += _rotation_scratch(rotation, stages, full)
-    if row_tile > _DECODE_ROWS:
-        scratch.append(pltpu.VMEM((full, column_tile), jnp.float8_e5m2))
-    kernel = functools.partial(
-        _kernel,
-        stages=stages,
-        kind=kind,
-        step=step,
-        out_dtype=x.dtype,
-        has_inter=rotation.inter is not None,
-        has_intra=rotation.intra is not None,
-    )
+    matrices = [matrix for matrix in rotation if matrix is not None]
+    prepared = [pltpu.VMEM((row_tile, full), jnp.bfloat16 if rule else x.dtype)] if stages.any else []
+    prepared += _rotation_scratch(rotation, stages, full)
+    resident = row_tile > _DECODE_ROWS
+    decoded = [pltpu.VMEM((full, column_tile), jnp.float8_e5m2)] if resident else []
     y = pl.pallas_call(
-        kernel,
+        functools.partial(_kernel, stages=stages, kind=kind, step=step, resident=resident, out_dtype=x.dtype),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], columns), x.dtype),
-        grid=grid,
-        in_specs=specs,
+        grid=(x.shape[0] // row_tile, pl.cdiv(columns, column_tile)),
+        in_specs=[
+            pl.BlockSpec((row_tile, full), lambda m, n: (m, 0)),
+            pl.BlockSpec((full // 8, column_tile), lambda m, n: (0, n)),
+            pl.BlockSpec((full // BLOCK, column_tile), lambda m, n: (0, n)),
+            pl.BlockSpec((1, column_tile), lambda m, n: (0, n)),
+            *(_whole(a.shape, 2) for a in matrices),
+        ],
         out_specs=pl.BlockSpec((row_tile, column_tile), lambda m, n: (m, n)),
-        scratch_shapes=scratch,
+        scratch_shapes=[pltpu.VMEM((full // BLOCK, column_tile), jnp.int32), *decoded, *prepared],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit
         ),
         interpret=interpret,
         name=name,
-    )(x, *weight, *(matrix for matrix in rotation if matrix is not None))
+    )(x, *weight, *matrices)
     return y[:rows]
+
+
+def _whole(shape: tuple[int, ...], axes: int) -> pl.BlockSpec:
+    """All of an array, in every step of a grid."""
+    return pl.BlockSpec(
+        shape, (lambda m: (0,) * len(shape)) if axes == 1 else (lambda m, n: (0,) * len(shape))
+    )
 
 
 def _row_sizes(rows: int, tiles: Tiles) -> tuple[int, int]:
@@ -443,7 +544,7 @@ def _row_sizes(rows: int, tiles: Tiles) -> tuple[int, int]:
     return -(-row_tile // step) * step, step
 
 
-def _check(x: Any, full: int, rotation: TPURotation, rule: str | None) -> _Stages:
+def _check(x: Any, full: int, rotation: TPURotation, rule: str | None, halves: bool) -> _Stages:
     rows, size = x.shape
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"activations are {x.dtype}: must be bfloat16 or float32")
@@ -466,13 +567,18 @@ def _check(x: Any, full: int, rotation: TPURotation, rule: str | None) -> _Stage
         own = "one" if rotation.intra.shape[1] == LANES and full > LANES else "each"
         if own == "each" and rotation.intra.shape[1] != full:
             raise ValueError(f"activations have {full} features, the rotation {rotation.intra.shape[1]}")
-    return _Stages(t, shared, own, rule)
+    return _Stages(t, shared, own, rule, halves)
+
+
+def _word(dtype: Any) -> Any:
+    return jnp.int32 if dtype == jnp.bfloat16 else jnp.float32
 
 
 def _rotation_scratch(rotation: TPURotation, stages: _Stages, full: int) -> list[Any]:
     made = []
     if rotation.inter is not None:
         count = int(np.prod(rotation.inter.shape[:2]))
+        made.append(pltpu.VMEM((count * rotation.inter.shape[2], LANES), _word(rotation.inter.dtype)))
         made.append(pltpu.VMEM((count, LANES, LANES), rotation.inter.dtype))
     if rotation.intra is not None:
         count = 1 if stages.intra == "one" else full // LANES
@@ -486,22 +592,21 @@ def _codes_kernel(*refs: Any, stages: _Stages, has_inter: bool, has_intra: bool)
     inter_ref = next(given) if has_inter else None
     intra_ref = next(given) if has_intra else None
     codes_ref, scales_ref = next(given), next(given)
+    rows_ref = next(given) if has_inter else None
     tiles_ref = next(given) if has_inter else None
     own_ref = next(given) if has_intra else None
     vectors = x_ref.shape[1] // LANES
-    _expand(stages, vectors, inter_ref, intra_ref, tiles_ref, own_ref)
+    _expand(stages, vectors, inter_ref, intra_ref, rows_ref, tiles_ref, own_ref)
     t = stages.inter or 0
     rule = stages.rule
     assert rule is not None
     row, lane = _iota(0), _iota(1)
-    parts: list[Any] = []
-    for unit in range(vectors >> t):
-        parts += _rotated(stages, x_ref, slice(None), unit, tiles_ref, own_ref)
+    parts = _rotated(stages, x_ref, slice(None), range(vectors >> t), tiles_ref, own_ref)
+    parts = [z.astype(jnp.float32) for z in parts]
+    found = [_block_scale(z, rule) for z in parts]
+    spread = _spread([scale for _, scale in found])
     packed, fields = [], []
-    for v, z in enumerate(parts):
-        z = z.astype(jnp.float32)
-        amax, scale = _block_scale(z, rule)
-        wide = _spread(scale)
+    for v, (z, (amax, scale), wide) in enumerate(zip(parts, found, spread, strict=True)):
         bits = lax.bitcast_convert_type(_round(z, wide, rule), jnp.int32)
         # Counted from 1.0 (code 2), exponent field and first mantissa bit are the code; 0.5 and 0 are below.
         unit_bits = lax.bitcast_convert_type(wide, jnp.int32) >> 22
@@ -538,12 +643,11 @@ def rotate_quantize(
     """
     count, size = x.shape
     full = padded(size)
-    stages = _check(x, full, rotation, rule)
+    stages = _check(x, full, rotation, rule, False)
     row_tile = min(rows, -(-count // 32) * 32)
     more = -(-count // row_tile) * row_tile - count
     x = jnp.pad(x, ((0, more), (0, full - size)))
     code_lanes, scale_lanes = padded(full // 2), padded(full // BLOCK)
-    whole = lambda shape: pl.BlockSpec(shape, lambda m: (0,) * len(shape))  # noqa: E731
     kernel = functools.partial(
         _codes_kernel,
         stages=stages,
@@ -559,16 +663,14 @@ def rotate_quantize(
         grid=(x.shape[0] // row_tile,),
         in_specs=[
             pl.BlockSpec((row_tile, full), lambda m: (m, 0)),
-            *(whole(matrix.shape) for matrix in rotation if matrix is not None),
+            *(_whole(matrix.shape, 1) for matrix in rotation if matrix is not None),
         ],
         out_specs=(
             pl.BlockSpec((row_tile, code_lanes), lambda m: (m, 0)),
             pl.BlockSpec((row_tile, scale_lanes), lambda m: (m, 0)),
         ),
         scratch_shapes=_rotation_scratch(rotation, stages, full),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=vmem_limit
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=vmem_limit),
         interpret=interpret,
         name=name,
     )(x, *(matrix for matrix in rotation if matrix is not None))
