@@ -20,6 +20,7 @@ of the hardware's own conversion from float4_e2m1fn, which leaves less room: 14 
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -67,12 +68,12 @@ def check_scales(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"], kin
     Raises:
       ValueError: a scale is NaN, a column's scales are too far apart, or too large for float32.
     """
-    codes, scales = np.asarray(codes), np.asarray(scales)
-    if (scales == 0xFF).any():
-        raise ValueError(f"{(scales == 0xFF).sum()} blocks have the scale NaN: this weight is broken")
-    held = (codes.reshape(*scales.shape, BLOCK // 2) & 0x77).any(-1)
-    top = np.where(held, scales, 0).max(1, initial=0).astype(int)
-    least = np.where(held, scales, 0xFF).min(1, initial=0xFF).astype(int)
+    scale = np.asarray(scales)
+    if (scale == 0xFF).any():
+        raise ValueError(f"{(scale == 0xFF).sum()} blocks have the scale NaN: this weight is broken")
+    held = (np.asarray(codes).reshape(*scale.shape, BLOCK // 2) & 0x77).any(-1)
+    top = np.where(held, scale, 0).max(1, initial=0).astype(int)
+    least = np.where(held, scale, 0xFF).min(1, initial=0xFF).astype(int)
     low = np.maximum(top, _LEAST_BASE) - (SPAN[kind] - 1)
     if (least < low).any():
         row = int(np.argmax(low - least))
@@ -89,7 +90,9 @@ def check_scales(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"], kin
 
 @jax.jit(static_argnames="kind")
 def to_tpu(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"], kind: Kind = "bytes") -> TPUWeight:
-    """The canonical weight in the TPU layout. Negative zeros become zeros; see :func:`check_scales`.
+    """The canonical weight in the TPU layout. Negative zeros become zeros.
+
+    Outputs that :func:`check_scales` refuses get the factor NaN, and so do their products: nothing is clipped silently.
 
     Raises:
       ValueError: a kind that does not exist, or shapes that do not fit.
@@ -114,16 +117,17 @@ def to_tpu(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"], kind: Kin
     exponents = jnp.where(held, jnp.maximum(scale - base + top, top - SPAN[kind] + 1) * 4, 0).astype(
         jnp.uint8
     )
+    fits = (~held | ((scale < 0xFF) & (scale - base + SPAN[kind] > 0))).all(1, keepdims=True)
     # e5m2's exponent bias is 15; a code of 1.0 has field 1 with bytes, 15 with float4.
     factor = jax.lax.bitcast_convert_type((base - 13) << 23, jnp.float32)
-    return TPUWeight(_words(each, kind), exponents.T, factor.T)
+    return TPUWeight(_words(each, kind), exponents.T, jnp.where(fits, factor, jnp.nan).T)
 
 
 def _words(each: UInt8[Array, "n b 32"], kind: Kind) -> Int32[Array, "k8 n"]:
     n, blocks, _ = each.shape
     if kind == "float4":
         eight = each.reshape(n, blocks * 4, 8).astype(jnp.uint32)  # [n, r, t]
-        word = sum(eight[..., t] << (4 * t) for t in range(8))
+        word = functools.reduce(jnp.bitwise_or, [eight[..., t] << (4 * t) for t in range(8)])
     else:
         sign, magnitude = (each & 8).astype(jnp.uint32), (each & 7).astype(jnp.uint32)
         magnitude = jnp.where(magnitude < 2, magnitude ^ 1, magnitude)
@@ -134,7 +138,9 @@ def _words(each: UInt8[Array, "n b 32"], kind: Kind) -> Int32[Array, "k8 n"]:
         byte = (
             (even[..., 1] << 4) | (even[..., 0] << 1) | (odd[..., 0] << 4) | (odd[..., 1] >> 3)
         )  # [n, p, r, t]
-        word = sum(byte[..., t] << (8 * t) for t in range(4)).reshape(n, blocks * 4)
+        word = functools.reduce(jnp.bitwise_or, [byte[..., t] << (8 * t) for t in range(4)]).reshape(
+            n, blocks * 4
+        )
     return jax.lax.bitcast_convert_type(word, jnp.int32).T
 
 

@@ -37,7 +37,9 @@ RULES: tuple[str, ...] = get_args(Rule)
 _CARRY = {"floor": 0, "ceil": (1 << 22) - 1, "even": 1 << 21}
 # Added to the bits of a block's largest magnitude, these raise its exponent where the rule lies above floor.
 
-_DECODE_ROWS = 128  # from more rows on, a weight tile is decoded once, into VMEM, and then multiplied
+RESIDENT_ROWS = 128
+"""With more rows than this in a tile, a tile of the weight is decoded into VMEM before it is multiplied."""
+
 _CHUNK = 512  # rows of K decoded at once
 _TOGETHER = 32  # vectors of 128 features rotated and rounded at once
 
@@ -506,7 +508,7 @@ def rotate_quantize_matmul(
     matrices = [matrix for matrix in rotation if matrix is not None]
     prepared = [pltpu.VMEM((row_tile, full), jnp.bfloat16 if rule else x.dtype)] if stages.any else []
     prepared += _rotation_scratch(rotation, stages, full)
-    resident = row_tile > _DECODE_ROWS
+    resident = row_tile > RESIDENT_ROWS
     decoded = [pltpu.VMEM((full, column_tile), jnp.float8_e5m2)] if resident else []
     y = pl.pallas_call(
         functools.partial(_kernel, stages=stages, kind=kind, step=step, resident=resident, out_dtype=x.dtype),
@@ -545,7 +547,7 @@ def _row_sizes(rows: int, tiles: Tiles) -> tuple[int, int]:
 
 
 def _check(x: Any, full: int, rotation: TPURotation, rule: str | None, halves: bool) -> _Stages:
-    rows, size = x.shape
+    size = x.shape[1]
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"activations are {x.dtype}: must be bfloat16 or float32")
     if size % BLOCK or padded(size) != full:

@@ -1,0 +1,226 @@
+"""Simulated cycles of kernels on TPUs that are not attached: libtpu compiles, and its static profile is read.
+
+The estimate is the compiler's own: bundles times trips, waits for the matrix units and for copies. Nothing runs. Needs
+``pip install 'torq-jax[tpu]'``; a process of its own for every batch of calls, because a compiler that gives up takes its
+process with it, and one process at a time, because libtpu takes no more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+PATIENCE = 120
+"""Seconds that a compilation may take."""
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What to compile: an operation, a generation and its shapes."""
+
+    operation: str
+    """'fused', 'rotate_quantize', 'xla_bf16' or 'pallas_bf16'."""
+    generation: str
+    m: int
+    k: int
+    n: int
+    inter: tuple[int, ...] | None = None
+    intra: tuple[int, ...] | None = None
+    rule: str | None = "even"
+    tiles: tuple[int, int, int] | None = None
+    """rows, columns, rotated; None for what the kernels would choose."""
+
+
+def simulate(
+    calls: Iterable[Call], shown: Callable[[Call, dict[str, Any]], None] | None = None
+) -> list[dict[str, Any]]:
+    """``{"cycles": ...}`` or ``{"error": ...}`` of each call, in order.
+
+    Raises:
+      SystemExit: libtpu is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise SystemExit("libtpu is not installed: pip install 'torq-jax[tpu]'")
+    left, done = list(calls), []
+    while left:
+        for result in _child(left):
+            if shown:
+                shown(left[0], result)
+            done.append(result)
+            left.pop(0)
+        if left:  # the child ended at this call
+            result = {"error": f"the compiler gave up, or took more than {PATIENCE} s"}
+            if shown:
+                shown(left[0], result)
+            done.append(result)
+            left.pop(0)
+    return done
+
+
+def _child(calls: list[Call]) -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {
+            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={folder} --xla_tpu_check_llo_types=false",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "JAX_PLATFORMS": "cpu",
+            "TPU_STDERR_LOG_LEVEL": "3",
+        }
+        text = json.dumps([dataclasses.asdict(call) for call in calls])
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.tpu_simulator", folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            text=True,
+        )
+        assert process.stdin and process.stdout
+        process.stdin.write(text)
+        process.stdin.close()
+        timer = threading.Timer(PATIENCE, process.kill)
+        timer.start()
+        for line in process.stdout:
+            if line.startswith("{"):
+                timer.cancel()
+                yield json.loads(line)
+                timer = threading.Timer(PATIENCE, process.kill)
+                timer.start()
+        timer.cancel()
+        process.wait()
+
+
+def _compile(call: Call) -> None:
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, SingleDeviceSharding
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[call.generation])
+    sharding = SingleDeviceSharding(topology.devices[0])
+    function, shapes = _operation(call)
+    given = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for s in shapes]
+    mesh = Mesh(np.array([topology.devices[0]]), ("d",))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(function).lower(*given)
+    lowered.compile()
+
+
+def _operation(call: Call) -> tuple[Callable[..., Any], list[Any]]:
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import layout, tiles, tpu
+
+    shape, narrow = jax.ShapeDtypeStruct, jnp.bfloat16
+    m, k, n = call.m, call.k, call.n
+    x = shape((m, k), narrow)
+    if call.operation == "xla_bf16":
+        return lambda x, w: jnp.dot(x, w, preferred_element_type=jnp.float32).astype(narrow), [
+            x,
+            shape((k, n), narrow),
+        ]
+    if call.operation == "pallas_bf16":
+        return _pallas_bf16(call), [x, shape((k, n), narrow)]
+    matrices = [None if s is None else shape(s, jnp.float32) for s in (call.inter, call.intra)]
+    rotation = jax.eval_shape(lambda a, b: tpu.prepare_rotation(a, b, k), *matrices)
+    given = [matrix for matrix in rotation if matrix is not None]
+
+    def back(rest: tuple[Any, ...]) -> tpu.TPURotation:
+        parts = iter(rest)
+        return tpu.TPURotation(*(None if matrix is None else next(parts) for matrix in rotation))
+
+    properties = tiles.GENERATIONS[call.generation]
+    common: dict[str, Any] = {"rule": call.rule, "vmem_limit": properties.vmem}
+    if call.operation == "rotate_quantize":
+        return lambda x, *rest: tpu.rotate_quantize(x, back(rest), **common), [x, *given]
+    if call.operation != "fused":
+        raise ValueError(f"unknown operation {call.operation!r}")
+    chosen = (
+        tiles.choose(call.generation, m, k, n, rotation=rotation)
+        if call.tiles is None
+        else tpu.Tiles(*call.tiles, halves=properties.halves)
+    )
+
+    def fused(x: Any, words: Any, exponents: Any, factor: Any, *rest: Any) -> Any:
+        weight = layout.TPUWeight(words, exponents, factor)
+        return tpu.rotate_quantize_matmul(x, weight, back(rest), tiles=chosen, kind=properties.kind, **common)
+
+    full_k, full_n = layout.padded(k), layout.padded(n)
+    packed = [shape((full_k // 8, full_n), jnp.int32), shape((full_k // 32, full_n), jnp.uint8)]
+    return fused, [x, *packed, shape((1, full_n), jnp.float32), *given]
+
+
+def _pallas_bf16(call: Call) -> Callable[..., Any]:
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    from pallas_kernels import tiles
+
+    width = 512 if call.k <= 8192 else 256
+
+    def kernel(x_ref: Any, w_ref: Any, out_ref: Any) -> None:
+        product = jnp.dot(x_ref[...], w_ref[...], preferred_element_type=jnp.float32)
+        out_ref[...] = product.astype(out_ref.dtype)
+
+    def run(x: Any, w: Any) -> Any:
+        return pl.pallas_call(
+            kernel,
+            out_shape=jax.ShapeDtypeStruct((call.m, call.n), x.dtype),
+            grid=(pl.cdiv(call.n, width),),
+            in_specs=[
+                pl.BlockSpec((call.m, call.k), lambda n: (0, 0)),
+                pl.BlockSpec((call.k, width), lambda n: (0, n)),
+            ],
+            out_specs=pl.BlockSpec((call.m, width), lambda n: (0, n)),
+            compiler_params=pltpu.CompilerParams(vmem_limit_bytes=tiles.GENERATIONS[call.generation].vmem),
+        )(x, w)
+
+    return run
+
+
+def _cycles(folder: Path) -> int | None:
+    total = 0
+    for name in glob.glob(f"{folder}/*.textproto"):
+        found = re.findall(r'hlo_op_name: "[^"]*"\s+estimated_cycles: (\d+)', Path(name).read_text())
+        total += sum(map(int, found))
+    return total or None
+
+
+def main() -> int:
+    """The child: calls as JSON on its input, a line of JSON for each on its output."""
+    folder = Path(sys.argv[1])
+    for given in json.loads(sys.stdin.read()):
+        call = Call(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        for name in glob.glob(f"{folder}/*.textproto"):
+            os.remove(name)
+        begun = time.monotonic()
+        try:
+            _compile(call)
+            cycles = _cycles(folder)
+            result = {"cycles": cycles} if cycles else {"error": "no profile was written"}
+        except Exception as error:  # whatever the compiler says is the result of this call
+            result = {"error": " ".join(str(error).split())[:300]}
+        print(json.dumps(result | {"seconds": round(time.monotonic() - begun, 1)}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""How the TPU kernels cut a call into tiles: what a search on simulated cycles chose, and the VMEM that it needs.
+
+``python -m benchmarks.tpu_tune`` makes the table anew. Shapes that it lacks get the largest tiles that fit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from pallas_kernels.layout import BLOCK, LANES, Kind, padded
+from pallas_kernels.tpu import RESIDENT_ROWS, Tiles, TPURotation
+
+MIB = 2**20
+
+
+class Generation(NamedTuple):
+    """A TPU core: what the kernels may use of it, and what bounds them."""
+
+    vmem: int
+    """Bytes of VMEM that a kernel may take."""
+    kind: Kind
+    """Layout of a weight that decodes fastest."""
+    halves: bool
+    """Whether the vector unit computes in bfloat16."""
+    clock: float
+    """Cycles a second, such that the matrix units give the published peak."""
+    bandwidth: float
+    """HBM bytes a second."""
+    multiply_adds: int
+    """Of bfloat16, a cycle."""
+
+
+GENERATIONS: dict[str, Generation] = {
+    "v5e": Generation(100 * MIB, "bytes", False, 1.5e9, 819e9, 65536),
+    "v6e": Generation(100 * MIB, "bytes", True, 1.75e9, 1638e9, 262144),
+    "tpu7x": Generation(44 * MIB, "float4", True, 2.2e9, 3686e9, 262144),  # one of a chip's two cores
+}
+
+_KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"}
+
+
+class Entry(NamedTuple):
+    """A choice for calls of at most ``rows`` rows with a weight ``[n, k]``."""
+
+    generation: str
+    k: int
+    n: int
+    rows: int
+    tiles: tuple[int, int, int]
+
+
+def generation(device_kind: str) -> str:
+    """The generation of ``jax.Device.device_kind``.
+
+    Raises:
+      ValueError: a device that the kernels were not compiled for.
+    """
+    for prefix, name in _KINDS.items():
+        if device_kind.startswith(prefix):
+            return name
+    raise ValueError(
+        f"no tiles for {device_kind!r}: the kernels know {', '.join(_KINDS)}; use implementation='xla'"
+    )
+
+
+def vmem_bytes(tiles: Tiles, rows: int, k: int, n: int, *, rotation: Any = None, width: int = 2) -> int:
+    """Bytes of VMEM of a call with these tiles: blocks twice, scratch, and what the compiler keeps of values.
+
+    Args:
+      rows, k, n: of the call.
+      rotation: :class:`TPURotation` of arrays or shapes, or None.
+      width: bytes of an activation.
+    """
+    k, n = padded(k), padded(n)
+    row_tile, columns = min(tiles.rows, -(-rows // 16) * 16), min(tiles.columns, n)
+    blocks = row_tile * k * width + k // 8 * columns * 4 + k // BLOCK * columns + row_tile * columns * width
+    scratch = k // BLOCK * columns * 4 + row_tile * k * 2
+    values = row_tile * columns * 4
+    if row_tile > RESIDENT_ROWS:
+        scratch += k * columns
+    step = min(tiles.rotated, row_tile)
+    values += 3 * step * min(k, BLOCK * LANES) * 4
+    for matrix in rotation or ():
+        if matrix is not None:
+            blocks += math.prod(matrix.shape) * width
+            scratch += k // LANES * LANES * LANES * width + math.prod(matrix.shape) * 4
+    return 2 * blocks + scratch + values
+
+
+def choose(
+    device: str, rows: int, k: int, n: int, *, rotation: TPURotation | None = None, width: int = 2
+) -> Tiles:
+    """Tiles for a call on a generation: the table's, else the largest that fit.
+
+    Raises:
+      ValueError: not even the smallest tiles fit.
+    """
+    properties = GENERATIONS[device]
+    wanted = [e for e in TABLE if (e.generation, e.k, e.n) == (device, k, n)]
+    for entry in sorted(wanted, key=lambda e: e.rows):
+        if rows <= entry.rows:
+            tiles = Tiles(*entry.tiles, halves=properties.halves)
+            if vmem_bytes(tiles, rows, k, n, rotation=rotation, width=width) <= properties.vmem:
+                return tiles
+    for tiles in candidates(device, rows, n):
+        if vmem_bytes(tiles, rows, k, n, rotation=rotation, width=width) <= properties.vmem:
+            return tiles
+    raise ValueError(
+        f"K {k} needs more than the {properties.vmem // MIB} MiB of VMEM that a kernel may take on {device}: "
+        "use implementation='xla'"
+    )
+
+
+def candidates(device: str, rows: int, n: int) -> list[Tiles]:
+    """Tiles worth trying, most promising first."""
+    halves = GENERATIONS[device].halves
+    if rows <= RESIDENT_ROWS:
+        widths = (512, 1024, 256, 128)
+        return [Tiles(RESIDENT_ROWS, w, 32, halves) for w in widths if w <= padded(n) or w == 128]
+    return [
+        Tiles(r, w, min(t, r), halves)
+        for r in (1024, 512, 256, 128)
+        for w in (512, 256, 128)
+        for t in (256, 128, 32)
+        if t <= r
+    ]
+
+
+TABLE: tuple[Entry, ...] = ()
