@@ -10,14 +10,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from torq_jax import mxfp4, mxfp8, rotation
+from torq_jax import mxfp4, mxfp8, rotation, tpu
 from torq_jax.errors import TorqError
 from torq_jax.mxfp4 import MXFP4Array, ScaleRule
 from torq_jax.mxfp8 import MXFP8Array
 from torq_jax.rotation import TwoLevelRotation
+from torq_jax.tpu import TPULinear
 
-IMPLEMENTATIONS = ("xla",)
-"""Implementations that exist, best first."""
+IMPLEMENTATIONS = ("tpu", "xla", "tpu_interpret")
+"""Implementations that exist, best first; the last runs the TPU's kernel in Pallas's interpretation, slowly."""
+
+INTERPRETED_AS = "v6e"
+"""The generation whose tiles an interpreted kernel uses."""
 
 ActivationFormat = Literal["mxfp4", "mxfp8"]
 ACTIVATION_FORMATS: tuple[str, ...] = get_args(ActivationFormat)
@@ -27,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 def matmul(
     x: Float[Array, "*batch features"],
-    weight: Float[Array, "out features"] | MXFP4Array | MXFP8Array,
+    weight: Float[Array, "out features"] | MXFP4Array | MXFP8Array | TPULinear,
     transform: TwoLevelRotation | None = None,
     *,
     activation_scale: ScaleRule | None = None,
@@ -43,6 +47,8 @@ def matmul(
       x: activations, float32 or bfloat16. A last block that is not whole is
         filled up with zeros.
       weight: ``[out, features]``, folded with ``transform``; MXFP4 or MXFP8 in blocks along the features, or float.
+        From :func:`torq_jax.tpu.pack`, with the rotation in it, it runs on the TPU kernels without being laid out
+        anew in every call.
       transform: the site's rotation; None leaves the activations as they are.
       activation_scale: scale rule for the activations' cast; None leaves them in float.
       activation_format: of that cast.
@@ -55,26 +61,77 @@ def matmul(
       TorqError: an implementation that does not exist or cannot run, a format or a
         scale rule of it that does not exist, or shapes that do not fit.
     """
-    select(implementation)
+    chosen = select(implementation, weight, activation_scale, activation_format)
+    if chosen != "xla":
+        if isinstance(weight, TPULinear):
+            if transform is not None:
+                raise TorqError("a packed weight has its rotation in it: pass transform=None, or to pack()")
+        else:
+            assert isinstance(weight, MXFP4Array)  # select() refuses the rest
+            weight = tpu.pack(weight, transform, dtype=x.dtype)
+        interpreted = chosen == "tpu_interpret"
+        generation = INTERPRETED_AS if interpreted else None
+        return tpu.apply(x, weight, activation_scale, generation=generation, interpret=interpreted)
+    assert not isinstance(weight, TPULinear)
     prepared = prepare(x, transform, activation_scale, activation_format)
     return dot(prepared, weight, rounded=activation_scale is not None)
 
 
-def select(implementation: str | None) -> str:
+def select(
+    implementation: str | None,
+    weight: Any = None,
+    activation_scale: str | None = None,
+    activation_format: str = "mxfp4",
+) -> str:
     """The implementation to use; a name that cannot run is an error, never another one in its place."""
+    backend = jax.default_backend()
+    unfit = _unfit(weight, activation_scale, activation_format)
     if implementation is None:
-        _announce("xla", jax.default_backend())
-        return "xla"
+        packed = isinstance(weight, TPULinear)
+        if packed and backend != "tpu":
+            raise TorqError(
+                f"this weight is packed for a TPU, and the backend is {backend}: keep the MXFP4Array, or pass "
+                "implementation='tpu_interpret' to try the kernel slowly"
+            )
+        chosen = "tpu" if backend == "tpu" and unfit is None else "xla"
+        if packed and unfit is not None:
+            raise TorqError(unfit)
+        _announce(chosen, backend, unfit if backend == "tpu" else None)
+        return chosen
     if implementation not in IMPLEMENTATIONS:
         raise TorqError(
             f"implementation {implementation!r} does not exist: must be one of {', '.join(IMPLEMENTATIONS)}"
         )
+    if implementation == "xla":
+        if isinstance(weight, TPULinear):
+            raise TorqError(
+                "this weight is packed for the TPU kernels: implementation 'xla' needs the MXFP4Array"
+            )
+        return implementation
+    if unfit is not None:
+        raise TorqError(unfit)
+    if implementation == "tpu" and backend != "tpu":
+        raise TorqError(
+            f"implementation 'tpu' needs a TPU, the backend is {backend}: use 'xla', or 'tpu_interpret' to try the "
+            "kernel slowly"
+        )
     return implementation
 
 
+def _unfit(weight: Any, activation_scale: str | None, activation_format: str) -> str | None:
+    """Why the TPU kernels cannot run a product."""
+    if not isinstance(weight, MXFP4Array | TPULinear):
+        return f"the TPU kernels multiply MXFP4 weights, not {type(weight).__name__}"
+    if activation_scale is not None and activation_format != "mxfp4":
+        return f"the TPU kernels round activations to mxfp4, not {activation_format}"
+    if activation_scale == "mse":
+        return "the TPU kernels cannot apply scale rule 'mse' in one pass: use 'even', 'ceil' or 'floor'"
+    return None
+
+
 @functools.cache
-def _announce(implementation: str, backend: str) -> None:
-    _log.info("MXFP4 matmul runs as %r on %s", implementation, backend)
+def _announce(implementation: str, backend: str, why: str | None) -> None:
+    _log.info("MXFP4 matmul runs as %r on %s%s", implementation, backend, f": {why}" if why else "")
 
 
 def prepare(

@@ -1,0 +1,149 @@
+"""A site's linear layers on a TPU: weights and rotation in the kernels' layout, and one kernel call for all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import layout, tiles, tpu
+from torq_jax import rotation as rotations
+from torq_jax.errors import TorqError
+from torq_jax.mxfp4 import MXFP4Array
+from torq_jax.rotation import TwoLevelRotation
+
+
+@dataclasses.dataclass(frozen=True)
+class TPULinear:
+    """Weights ``[out, features]`` side by side and the rotation that they were folded with, in the TPU's layout.
+
+    A pytree; what is static stands behind the arrays. Made by :func:`pack`, once, when a model is loaded.
+    """
+
+    weight: layout.TPUWeight
+    rotation: tpu.TPURotation
+    before: Any
+    """A stage between blocks that the kernels cannot run (its groups are no power of two): XLA runs it first."""
+    out_features: int
+    features: int
+    kind: str
+
+
+jax.tree_util.register_dataclass(
+    TPULinear,
+    data_fields=["weight", "rotation", "before"],
+    meta_fields=["out_features", "features", "kind"],
+)
+
+
+def pack(
+    weights: MXFP4Array | Sequence[MXFP4Array],
+    transform: TwoLevelRotation | None = None,
+    *,
+    dtype: Any = jnp.bfloat16,
+    kind: layout.Kind = "bytes",
+) -> TPULinear:
+    """Weights that read one activation, and its rotation, in the layout of the TPU kernels.
+
+    Args:
+      weights: ``[out, features]`` each, folded with ``transform``; their outputs stand side by side in this order.
+      transform: the site's rotation, or None.
+      dtype: of the activations, bfloat16 or float32.
+      kind: "bytes", or "float4", which is faster on tpu7x and holds 14 instead of 27 powers of two in an output's
+        scales. Outputs that do not fit become NaN; :func:`pallas_kernels.layout.check_scales` finds them before.
+
+    Raises:
+      TorqError: weights of different sizes, not blocked along their features, or another dtype.
+    """
+    each = [weights] if isinstance(weights, MXFP4Array) else list(weights)
+    features = {w.codes.shape[-1] * 2 for w in each}
+    if len(features) != 1 or any(w.axis != -1 or w.codes.ndim != 2 for w in each):
+        shapes = ", ".join(str(w.shape) for w in each)
+        raise TorqError(
+            f"weights of shapes {shapes} cannot stand side by side: must be [out, features] alike"
+        )
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise TorqError(f"activations of {jnp.dtype(dtype)} cannot run on the TPU kernels: cast to bfloat16")
+    size = features.pop()
+    codes = jnp.concatenate([w.codes for w in each])
+    scales = jnp.concatenate([w.scales for w in each])
+    inter = intra = before = None
+    if transform is not None:
+        rotations.validate(transform)
+        if transform.features != size:
+            raise TorqError(f"the weights have {size} features, the rotation {transform.features}")
+        inter, intra = transform.inter, transform.intra
+        if inter is not None and tpu.exchanged_bits(inter, size) is None:
+            inter, before = None, inter
+    return TPULinear(
+        layout.to_tpu(codes, scales, kind),
+        tpu.prepare_rotation(inter, intra, size, dtype=jnp.dtype(dtype)),
+        before,
+        codes.shape[0],
+        size,
+        kind,
+    )
+
+
+def apply(
+    x: Float[Array, "*batch features"],
+    linear: TPULinear,
+    activation_scale: str | None,
+    *,
+    generation: str | None = None,
+    interpret: Any = False,
+) -> Float[Array, "*batch out"]:
+    """``round(rotate(x)) @ weight.T`` by the fused kernel, in the dtype of ``x``.
+
+    Args:
+      x: bfloat16 or float32, as ``linear`` was packed for; its last block may lack features, which are zeros.
+      linear: from :func:`pack`.
+      activation_scale: "floor", "ceil" or "even"; None leaves the activations in float.
+      generation: whose tiles to use; None asks the device.
+      interpret: run in Pallas's interpretation, on any backend.
+
+    Raises:
+      TorqError: a scale rule that one pass cannot apply, a dtype or size that does not fit, an unknown TPU.
+    """
+    size = x.shape[-1]
+    if not 0 <= linear.features - size < layout.BLOCK:
+        raise TorqError(f"activations have {size} features, the weight {linear.features}")
+    rows = x.reshape(-1, size)
+    rows = jnp.pad(rows, ((0, 0), (0, linear.features - size)))
+    if linear.before is not None:
+        rows = rotations.rotate(rows, TwoLevelRotation(linear.before, None, linear.features))
+    try:
+        device = generation or tiles.generation(_device_kind())
+        chosen = tiles.choose(
+            device,
+            rows.shape[0],
+            linear.features,
+            linear.out_features,
+            rotation=linear.rotation,
+            width=x.dtype.itemsize,
+        )
+        y = tpu.rotate_quantize_matmul(
+            rows,
+            linear.weight,
+            linear.rotation,
+            rule=activation_scale,  # type: ignore[arg-type]  # refused there by its name
+            tiles=chosen,
+            kind=linear.kind,  # type: ignore[arg-type]
+            interpret=interpret,
+            vmem_limit=None if interpret else tiles.GENERATIONS[device].vmem,
+        )
+    except ValueError as error:
+        if isinstance(error, TorqError):
+            raise
+        raise TorqError(str(error)) from error
+    return y[:, : linear.out_features].reshape(*x.shape[:-1], linear.out_features)
+
+
+@functools.cache
+def _device_kind() -> str:
+    return jax.devices()[0].device_kind
