@@ -1,8 +1,8 @@
 """Simulated cycles of kernels on TPUs that are not attached: libtpu compiles, and its static profile is read.
 
-The estimate is the compiler's own: bundles times trips, waits for the matrix units and for copies. Nothing runs. Needs
-``pip install 'torq-jax[tpu]'``; a process of its own for every batch of calls, because a compiler that gives up takes its
-process with it, and one process at a time, because libtpu takes no more.
+The estimate is the compiler's own: bundles times trips, waits for the matrix units and for copies. Nothing
+runs. Needs ``pip install 'torq-jax[tpu]'``; a process of its own for every batch of calls, because a compiler
+that gives up takes its process with it, and one process at a time, because libtpu takes no more.
 """
 
 from __future__ import annotations

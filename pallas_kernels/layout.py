@@ -1,21 +1,22 @@
-"""Canonical MXFP4 weights <-> the layout that the TPU kernels read. Pure functions on plain arrays, jit-compiled.
+"""Canonical MXFP4 weights <-> the layout that the TPU kernels read. Pure functions on plain arrays, jit-
+compiled.
 
 The canonical weight is ``codes [N, K/2]`` (uint8, the lower index in the low nibble) and ``scales [N, K/32]``
 (uint8, E8M0). Nothing here moves data along N, so a weight that is sharded along N stays so.
 
-**What the matrix unit takes.** Every TPU from v5e on takes float8_e5m2 weights beside bfloat16 activations. Its five
-exponent bits hold the two of an E2M1 code and a block's scale at once, so a code becomes a finished weight by integer
-operations on its byte, four weights at a time: mask, add the scale, clear zeros. That is exact as long as the scales of
-a column (all blocks of one output) lie within 27 powers of two of each other; what they have in common is a factor of
-the output. :func:`check_scales` tells whether they do.
+**What the matrix unit takes.** Every TPU from v5e on takes float8_e5m2 weights beside bfloat16 activations. Its
+five exponent bits hold the two of an E2M1 code and a block's scale at once, so a code becomes a finished weight
+by integer operations on its byte, four weights at a time: mask, add the scale, clear zeros. That is exact as
+long as the scales of a column (all blocks of one output) lie within 27 powers of two of each other; what they
+have in common is a factor of the output. :func:`check_scales` tells whether they do.
 
-**Bytes** (v5e, v6e). A 32-bit word holds two blocks' codes of eight rows of 4: byte ``t`` of word row ``r`` has element
-``4 (r % 8) + t`` of block ``2 (r // 8)`` in bits 7 (sign) and 3 to 1, of block ``2 (r // 8) + 1`` in bits 0 (sign) and 6
-to 4. With magnitudes 0 and 0.5 exchanged, bits 3 to 1 are those of e5m2: 0.5 is a power of two like the others, and
-only zero, which looks like 0.75, has to be cleared.
+**Bytes** (v5e, v6e). A 32-bit word holds two blocks' codes of eight rows of 4: byte ``t`` of word row ``r`` has
+element ``4 (r % 8) + t`` of block ``2 (r // 8)`` in bits 7 (sign) and 3 to 1, of block ``2 (r // 8) + 1`` in
+bits 0 (sign) and 6 to 4. With magnitudes 0 and 0.5 exchanged, bits 3 to 1 are those of e5m2: 0.5 is a power of
+two like the others, and only zero, which looks like 0.75, has to be cleared.
 
-**Float4** (tpu7x). Eight consecutive rows to a word, nibble ``t`` of word row ``r`` has element ``8 r + t``: the order
-of the hardware's own conversion from float4_e2m1fn, which leaves less room: 14 powers of two.
+**Float4** (tpu7x). Eight consecutive rows to a word, nibble ``t`` of word row ``r`` has element ``8 r + t``:
+the order of the hardware's own conversion from float4_e2m1fn, which leaves less room: 14 powers of two.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def check_scales(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"], kin
 def to_tpu(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"], kind: Kind = "bytes") -> TPUWeight:
     """The canonical weight in the TPU layout. Negative zeros become zeros.
 
-    Outputs that :func:`check_scales` refuses get the factor NaN, and so do their products: nothing is clipped silently.
+    Outputs that :func:`check_scales` refuses get the factor NaN, and so do their products: nothing is clipped
+    silently.
 
     Raises:
       ValueError: a kind that does not exist, or shapes that do not fit.

@@ -50,6 +50,11 @@ class Entry(NamedTuple):
     tiles: tuple[int, int, int]
 
 
+def tpu_tiles(entry: Entry) -> Tiles:
+    """An entry of the table as the kernels take it."""
+    return Tiles(*entry.tiles, halves=GENERATIONS[entry.generation].halves)
+
+
 def generation(device_kind: str) -> str:
     """The generation of ``jax.Device.device_kind``.
 
@@ -100,7 +105,7 @@ def choose(
     wanted = [e for e in TABLE if (e.generation, e.k, e.n) == (device, k, n)]
     for entry in sorted(wanted, key=lambda e: e.rows):
         if rows <= entry.rows:
-            tiles = Tiles(*entry.tiles, halves=properties.halves)
+            tiles = tpu_tiles(entry)
             if vmem_bytes(tiles, rows, k, n, rotation=rotation, width=width) <= properties.vmem:
                 return tiles
     for tiles in candidates(device, rows, n):
@@ -127,4 +132,26 @@ def candidates(device: str, rows: int, n: int) -> list[Tiles]:
     ]
 
 
-TABLE: tuple[Entry, ...] = ()
+TABLE: tuple[Entry, ...] = (
+    Entry(generation="tpu7x", k=4096, n=4096, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="tpu7x", k=4096, n=6144, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="tpu7x", k=4096, n=24576, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="tpu7x", k=4096, n=28672, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="tpu7x", k=12288, n=4096, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="tpu7x", k=14336, n=4096, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="v5e", k=4096, n=4096, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="v5e", k=4096, n=4096, rows=1024, tiles=(1024, 512, 256)),
+    Entry(generation="v5e", k=4096, n=6144, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="v5e", k=4096, n=6144, rows=1024, tiles=(1024, 512, 256)),
+    Entry(generation="v5e", k=4096, n=24576, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="v5e", k=4096, n=28672, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="v5e", k=4096, n=28672, rows=1024, tiles=(1024, 512, 256)),
+    Entry(generation="v5e", k=12288, n=4096, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="v5e", k=14336, n=4096, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="v6e", k=4096, n=4096, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="v6e", k=4096, n=6144, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="v6e", k=4096, n=24576, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="v6e", k=4096, n=28672, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="v6e", k=12288, n=4096, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="v6e", k=14336, n=4096, rows=16, tiles=(128, 512, 32)),
+)

@@ -1,16 +1,18 @@
-"""TPU kernels: rotate, quantise to MXFP4 and multiply with an MXFP4 weight in one pass, for v5e, v6e and tpu7x.
+"""TPU kernels: rotate, quantise to MXFP4 and multiply with an MXFP4 weight in one pass, for v5e, v6e and
+tpu7x.
 
-The weight enters the matrix unit as float8_e5m2 with each block's scale in its exponent (:mod:`pallas_kernels.layout`
-says why that is exact), beside bfloat16 activations whose values are exact MXFP4 values. Products are exact, sums are
-float32.
+The weight enters the matrix unit as float8_e5m2 with each block's scale in its exponent
+(:mod:`pallas_kernels.layout` says why that is exact), beside bfloat16 activations whose values are exact MXFP4
+values. Products are exact, sums are float32.
 
-The rotation works on whole vectors of 128 features, four blocks each. The stage inside the blocks is a product with
-tiles of 128 x 128 that hold four blocks' matrices on their diagonal. The stage between blocks first exchanges ``t`` bits
-of a feature's position inside its block with ``t`` bits of its vector's number, by lane rotations, so that one vector
-holds all ``4 * 2**t`` blocks of a group at ``32 / 2**t`` positions; then it, too, is one tile a vector.
+The rotation works on whole vectors of 128 features, four blocks each. The stage inside the blocks is a product
+with tiles of 128 x 128 that hold four blocks' matrices on their diagonal. The stage between blocks first
+exchanges ``t`` bits of a feature's position inside its block with ``t`` bits of its vector's number, by lane
+rotations, so that one vector holds all ``4 * 2**t`` blocks of a group at ``32 / 2**t`` positions; then it, too,
+is one tile a vector.
 
-Arithmetic of bfloat16 activations: the products of each stage are summed in float32, the first stage's result is
-rounded to bfloat16, the second's is quantised as it is. float32 activations stay float32 throughout.
+Arithmetic of bfloat16 activations: the products of each stage are summed in float32, the first stage's result
+is rounded to bfloat16, the second's is quantised as it is. float32 activations stay float32 throughout.
 :mod:`pallas_kernels.reference` computes the same with jax.numpy.
 """
 
@@ -27,7 +29,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels import layout
 from pallas_kernels.layout import BLOCK, LANES, Kind, TPUWeight, padded
 
 Rule = Literal["floor", "ceil", "even"]
@@ -47,8 +48,8 @@ _TOGETHER = 32  # vectors of 128 features rotated and rounded at once
 class TPURotation(NamedTuple):
     """A two-level rotation as the kernels read it, in bfloat16 (float32 for float32 activations).
 
-    inter: None or ``[U, J, R, 128]``: for each of ``U`` groups of ``128 * 2**t`` features the tiles' rows that differ,
-    ``R = max(16, 4 * 2**t)``; ``J`` is 1 where all positions have the same matrix, else ``2**t``.
+    inter: None or ``[U, J, R, 128]``: for each of ``U`` groups of ``128 * 2**t`` features the tiles' rows that
+    differ, ``R = max(16, 4 * 2**t)``; ``J`` is 1 where all positions have the same matrix, else ``2**t``.
     intra: None, ``[32, 128]`` for one matrix, or ``[32, K]``: ``intra[k, 32 b + k']`` of block b.
     """
 
@@ -187,7 +188,7 @@ def _expand_intra(four: Any) -> Any:
 
 
 def _exchange(parts: list[Any], t: int) -> list[Any]:
-    """Exchange the high ``t`` bits of a lane's position with the low ones of the place in the list; its own inverse."""
+    """Exchange the high ``t`` bits of a lane's position with the low ones of its place in the list; self-inverse."""
     if not t:
         return parts
     dtype = parts[0].dtype
@@ -220,8 +221,8 @@ def _wide_scales(parts: list[Any], rule: str) -> list[Any]:
     """Scales of up to 32 vectors' blocks, each in all lanes of its block, worked out for all vectors together.
 
     For many rows: lane rotations are what the vectors wait for, and every step of this reduction halves the vectors.
-    The upper half of a float32 decides a magnitude's exponent and its first two mantissa bits, so cut off to bfloat16,
-    not rounded, it decides the rules 'floor' and 'even', two rows to a lane.
+    The upper half of a float32 holds a magnitude's exponent and its first two mantissa bits, so cut off to
+    bfloat16, not rounded, it decides the rules 'floor' and 'even', two rows to a lane.
     """
     words = []
     for z in parts:

@@ -46,8 +46,8 @@ def test_agrees_with_xla_up_to_the_rounding_between_the_stages():
     x, weights, transform = site(256, (96,), "two_level", group=4)
     kernel = matmul(x, weights[0], transform, activation_scale="even", implementation="tpu_interpret")
     plain = matmul(x, weights[0], transform, activation_scale="even", implementation="xla")
-    # bfloat16 between the stages moves a value by 2**-9 of it; where that crosses a rounding boundary (an element in a
-    # hundred or so), it moves by a step of a quarter to a half. Together a few per cent of an output's size.
+    # bfloat16 between the stages moves a value by 2**-9 of it; where that crosses a rounding boundary (an element in
+    # a hundred or so), it moves by a step of a quarter to a half. Together a few per cent of an output's size.
     error = jnp.linalg.norm((kernel - plain).astype(jnp.float32)) / jnp.linalg.norm(plain.astype(jnp.float32))
     assert error < 0.03, error
 

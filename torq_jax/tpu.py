@@ -1,4 +1,5 @@
-"""A site's linear layers on a TPU: weights and rotation in the kernels' layout, and one kernel call for all of them."""
+"""A site's linear layers on a TPU: weights and rotation in the kernels' layout, and one kernel call for all of
+them."""
 
 from __future__ import annotations
 

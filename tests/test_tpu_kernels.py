@@ -1,0 +1,163 @@
+"""The TPU kernels in Pallas's interpretation: codes bit by bit, products, special values, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import layout, reference, tpu
+from torq_jax import mxfp4
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+PLAIN = tpu.TPURotation(None, None)
+
+
+def exact_case(m, k, n, inter, intra, dtype, seed=0):
+    """Integers and matrices of few quarters: float32 sums are exact in any order, so results are equal bit by bit."""
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.integers(-40, 41, (m, k)), dtype)
+
+    def matrix(shape):
+        if shape is None:
+            return None
+        few = rng.random(shape) < min(1, 4 / shape[-1])
+        return jnp.asarray(rng.integers(-2, 3, shape) / 4 * few, F32)
+
+    w = rng.standard_normal((n, k)).astype(np.float32) * np.exp(rng.standard_normal((n, 1))).astype(
+        np.float32
+    )
+    return x, matrix(inter), matrix(intra), mxfp4.quantize(w, "mse")
+
+
+# m, k, n, inter, intra, rule, dtype, kind, rows of a tile
+CASES = [
+    (1, 256, 128, None, None, "even", BF16, "bytes", 64),
+    (5, 96, 40, (3, 3), (32, 32), "even", BF16, "bytes", 64),
+    (16, 256, 200, (8, 8), (32, 32), "floor", BF16, "float4", 64),
+    (3, 576, 200, (32, 9, 2, 2), (18, 32, 32), "ceil", BF16, "bytes", 64),
+    (17, 512, 256, (32, 1, 16, 16), (16, 32, 32), "even", F32, "bytes", 64),
+    pytest.param(
+        *(40, 1024, 128, (32, 1, 32, 32), (32, 32, 32), "even", BF16, "float4", 64), marks=pytest.mark.slow
+    ),
+    pytest.param(
+        *(5, 4096, 128, (32, 128, 128), (128, 32, 32), "even", BF16, "bytes", 64), marks=pytest.mark.slow
+    ),
+    (200, 512, 256, (32, 4, 4, 4), (16, 32, 32), "even", BF16, "bytes", 256),
+    (200, 256, 128, (32, 8, 8), None, "floor", BF16, "bytes", 256),
+    (200, 256, 128, (2, 4, 4), (32, 32), "ceil", BF16, "float4", 256),
+    (17, 256, 128, None, (8, 32, 32), None, BF16, "bytes", 64),
+    (5, 256, 128, (32, 8, 1, 1), None, None, F32, "bytes", 64),
+]
+
+
+def possible(inter, k):
+    """The kernels' matrix of a stage between blocks; a group that is no power of two stays outside."""
+    return inter if inter is None or tpu.exchanged_bits(inter, k) is not None else None
+
+
+@pytest.mark.parametrize("m, k, n, inter, intra, rule, dtype, kind, rows", CASES)
+def test_codes_and_products_equal_the_reference(m, k, n, inter, intra, rule, dtype, kind, rows):
+    check_exact(m, k, n, inter, intra, rule, dtype, kind, rows, True)
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[3]])
+def test_the_tpu_interpreter_agrees(case):
+    check_exact(*case, pltpu.InterpretParams())
+
+
+def check_exact(m, k, n, inter, intra, rule, dtype, kind, rows, interpret):
+    x, inter, intra, w = exact_case(m, k, n, inter, intra, dtype)
+    inter = possible(inter, k)
+    rotation = tpu.prepare_rotation(inter, intra, k, dtype=jnp.dtype(dtype))
+    z = reference.rotate(x, inter, intra)
+    if rule is not None:
+        codes, scales = tpu.rotate_quantize(x, rotation, rule=rule, rows=64, interpret=interpret)
+        want = mxfp4.quantize(z, rule)
+        np.testing.assert_array_equal(codes, want.codes)
+        np.testing.assert_array_equal(scales, want.scales)
+    y = tpu.rotate_quantize_matmul(
+        x,
+        layout.to_tpu(w.codes, w.scales, kind),
+        rotation,
+        rule=rule,
+        tiles=tpu.Tiles(rows, 256, 64 if rows > 64 else 32),
+        kind=kind,
+        interpret=interpret,
+    )[:, :n]
+    rounded = z.astype(dtype) if rule is None else mxfp4.quantize_dequantize(z, rule)
+    want = reference.multiply(rounded, mxfp4.dequantize(w))
+    # Products are exact in both; k float32 sums in another order differ by k units in the last place of the sum of
+    # magnitudes at most, and the result is rounded once to its dtype.
+    size = reference.multiply(jnp.abs(rounded), jnp.abs(mxfp4.dequantize(w)))
+    bound = k * 2.0**-24 * size + jnp.finfo(dtype).eps / 2 * jnp.abs(want)
+    assert bool((jnp.abs(y.astype(F32) - want) <= bound * (1 + 2**-6)).all())
+
+
+def test_random_data_differs_at_rounding_boundaries_only():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (33, 512), BF16)
+    inter = jax.random.normal(keys[1], (32, 4, 4, 4)) / 2
+    intra = jax.random.normal(keys[2], (16, 32, 32)) / 6
+    z = reference.rotate(x, inter, intra)
+    codes, scales = tpu.rotate_quantize(
+        x, tpu.prepare_rotation(inter, intra, 512), rule="even", interpret=True
+    )
+    got = mxfp4.dequantize(mxfp4.MXFP4Array(codes, scales, 512, -1))
+    want = mxfp4.quantize_dequantize(z, "even")
+    different = np.asarray(got != want)
+    # A sum in another order may round to the neighbouring bfloat16 between the stages, 2**-8 of one of 32 summands;
+    # where it matters, the reference's value moved by that much must be able to take the other code, too.
+    moved = 2.0**-8 * np.asarray(jnp.abs(z)).max(-1, keepdims=True)
+    step = np.abs(np.asarray(got) - np.asarray(want))
+    middle = (np.asarray(got) + np.asarray(want)) / 2
+    assert different.mean() < 1e-3
+    assert (np.abs(np.asarray(z) - middle)[different] <= moved.repeat(512, 1)[different]).all() or (
+        step[different].size == 0
+    )
+
+
+@pytest.mark.parametrize("rows", [64, 256])
+def test_special_values_stay_in_their_row(rows):
+    m = 150 if rows > 128 else 20
+    x, inter, intra, w = exact_case(m, 256, 128, (32, 2, 4, 4), (8, 32, 32), BF16)
+    x = x.at[3, 7].set(jnp.nan).at[6, 200].set(jnp.inf).at[9].set(0)
+    call = lambda x: tpu.rotate_quantize_matmul(  # noqa: E731
+        x,
+        layout.to_tpu(w.codes, w.scales),
+        tpu.prepare_rotation(inter, intra, 256),
+        rule="even",
+        tiles=tpu.Tiles(rows, 128, 64 if rows > 64 else 32),
+        interpret=True,
+    )
+    y, clean = call(x), call(jnp.where(jnp.isfinite(x), x, 0))
+    broken = np.isin(np.arange(m), (3, 6))
+    assert np.isnan(np.asarray(y, np.float32)[broken]).any(-1).all()
+    np.testing.assert_array_equal(np.asarray(y)[~broken], np.asarray(clean)[~broken])
+    assert not np.asarray(y, np.float32)[9].any()
+
+
+def test_zero_rows_have_zero_codes_and_scales():
+    codes, scales = tpu.rotate_quantize(jnp.zeros((3, 128), BF16), rule="even", interpret=True)
+    assert not np.asarray(codes).any() and not np.asarray(scales).any()
+
+
+def test_errors_name_what_is_wrong():
+    w = layout.to_tpu(jnp.zeros((128, 128), jnp.uint8), jnp.zeros((128, 8), jnp.uint8))
+    call = lambda x, r=PLAIN, rule="even": tpu.rotate_quantize_matmul(  # noqa: E731
+        x, w, r, rule=rule, tiles=tpu.Tiles(64, 128), interpret=True
+    )
+    with pytest.raises(ValueError, match="activations are float16: must be bfloat16 or float32"):
+        call(jnp.zeros((4, 256), jnp.float16))
+    with pytest.raises(ValueError, match="activations have 512 features, the weight 256"):
+        call(jnp.zeros((4, 512), BF16))
+    with pytest.raises(ValueError, match="'mse' cannot run in one pass: must be one of floor, ceil, even"):
+        call(jnp.zeros((4, 256), BF16), rule="mse")
+    wide = tpu.prepare_rotation(None, jnp.zeros((8, 32, 32)), 256, dtype=jnp.dtype(F32))
+    with pytest.raises(ValueError, match="activations are bfloat16, the rotation was prepared for float32"):
+        call(jnp.zeros((4, 256), BF16), wide)
+    other = tpu.prepare_rotation(None, jnp.zeros((16, 32, 32)), 512)
+    with pytest.raises(ValueError, match="activations have 256 features, the rotation 512"):
+        call(jnp.zeros((4, 256), BF16), other)
+    with pytest.raises(ValueError, match="this rotation mixes 3 of 6"):
+        tpu.prepare_rotation(jnp.zeros((2, 3, 3)), None, 192)
