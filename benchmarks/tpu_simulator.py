@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -21,6 +22,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from benchmarks.machine import describe
+from convert.progress import progress
+from pallas_kernels import layout, tiles, tpu
 
 PATIENCE = 120
 """Seconds that a compilation may take."""
@@ -56,19 +69,45 @@ def simulate(
     if importlib.util.find_spec("libtpu") is None:
         raise SystemExit("libtpu is not installed: pip install 'torq-jax[tpu]'")
     left, done = list(calls), []
+    ended = {"error": f"the compiler gave up, or took more than {PATIENCE} s"}
     while left:
-        for result in _child(left):
-            if shown:
-                shown(left[0], result)
-            done.append(result)
-            left.pop(0)
-        if left:  # the child ended at this call
-            result = {"error": f"the compiler gave up, or took more than {PATIENCE} s"}
-            if shown:
-                shown(left[0], result)
-            done.append(result)
-            left.pop(0)
+        for result in itertools.chain(_child(left.copy()), [ended]):
+            if left:  # else the child has answered for all
+                done.append(result)
+                call = left.pop(0)
+                if shown:
+                    shown(call, result)
     return done
+
+
+def resume(path: Path, calls: dict[str, Call], *, retry: bool) -> dict[str, Any]:
+    """The results in a JSON, with those that it lacked; written after each.
+
+    Args:
+      path: of the JSON, which need not exist.
+      calls: by the keys that they have in it.
+      retry: simulate again what failed.
+    """
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"calls": {}}
+    had = result["calls"]
+    missing = {k: c for k, c in calls.items() if k not in had or (retry and "cycles" not in had[k])}
+    keys, machine = iter(missing), describe()
+    with progress(len(missing), "simulating") as shown:
+
+        def keep(_: Call, found: dict[str, Any]) -> None:
+            had[next(keys)] = found
+            result["machine"] = machine
+            path.write_text(json.dumps(result, indent=0) + "\n")
+            shown.advance()
+
+        simulate(missing.values(), keep)
+    return result
+
+
+def prepared(k: int, inter: tuple[int, ...] | None, intra: tuple[int, ...] | None) -> tpu.TPURotation:
+    """Shapes of a rotation in the kernels' layout."""
+    matrices = [None if s is None else jax.ShapeDtypeStruct(s, jnp.float32) for s in (inter, intra)]
+    return jax.eval_shape(lambda a, b: tpu.prepare_rotation(a, b, k), *matrices)
 
 
 def _child(calls: list[Call]) -> Iterator[dict[str, Any]]:
@@ -106,11 +145,6 @@ def _child(calls: list[Call]) -> Iterator[dict[str, Any]]:
 
 
 def _compile(call: Call) -> None:
-    import jax
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, SingleDeviceSharding
-
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[call.generation])
     sharding = SingleDeviceSharding(topology.devices[0])
     function, shapes = _operation(call)
@@ -122,23 +156,15 @@ def _compile(call: Call) -> None:
 
 
 def _operation(call: Call) -> tuple[Callable[..., Any], list[Any]]:
-    import jax
-    import jax.numpy as jnp
-
-    from pallas_kernels import layout, tiles, tpu
-
     shape, narrow = jax.ShapeDtypeStruct, jnp.bfloat16
     m, k, n = call.m, call.k, call.n
     x = shape((m, k), narrow)
     if call.operation == "xla_bf16":
-        return lambda x, w: jnp.dot(x, w, preferred_element_type=jnp.float32).astype(narrow), [
-            x,
-            shape((k, n), narrow),
-        ]
+        plain = lambda x, w: jnp.dot(x, w, preferred_element_type=jnp.float32).astype(narrow)  # noqa: E731
+        return plain, [x, shape((k, n), narrow)]
     if call.operation == "pallas_bf16":
         return _pallas_bf16(call), [x, shape((k, n), narrow)]
-    matrices = [None if s is None else shape(s, jnp.float32) for s in (call.inter, call.intra)]
-    rotation = jax.eval_shape(lambda a, b: tpu.prepare_rotation(a, b, k), *matrices)
+    rotation = prepared(k, call.inter, call.intra)
     given = [matrix for matrix in rotation if matrix is not None]
 
     def back(rest: tuple[Any, ...]) -> tpu.TPURotation:
@@ -167,13 +193,6 @@ def _operation(call: Call) -> tuple[Callable[..., Any], list[Any]]:
 
 
 def _pallas_bf16(call: Call) -> Callable[..., Any]:
-    import jax
-    import jax.numpy as jnp
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
-    from pallas_kernels import tiles
-
     width = 512 if call.k <= 8192 else 256
 
     def kernel(x_ref: Any, w_ref: Any, out_ref: Any) -> None:

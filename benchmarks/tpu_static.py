@@ -9,7 +9,6 @@ its model of the memory is optimistic, so the larger of its time and the time th
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -18,10 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe
-from benchmarks.tpu_simulator import Call, simulate
+from benchmarks.tpu_simulator import Call, resume
 from benchmarks.tpu_tune import rotation_shapes
-from convert.progress import progress
 from pallas_kernels import tiles
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
@@ -51,11 +48,7 @@ def floors(call: Call) -> dict[str, float]:
     """Bytes that must move, and the microseconds that they and the multiply-adds need at least."""
     properties = tiles.GENERATIONS[call.generation]
     bits = 16 if "bf16" in call.operation else 4.25
-    matrices = 0
-    if call.inter is not None:
-        matrices += math.prod(call.inter)
-    if call.intra is not None:
-        matrices += math.prod(call.intra)
+    matrices = sum(math.prod(shape) for shape in (call.inter, call.intra) if shape is not None)
     moved = call.k * call.n * bits / 8 + 2 * (call.m * call.k + call.m * call.n + matrices)
     return {
         "bytes": moved,
@@ -165,30 +158,14 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "tpu_static.json")
     options = parser.parse_args()
-    result: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {"calls": {}}
-    keys = [
-        f"{operation} {generation} {m} {k} {n}"
+    calls = {
+        f"{operation} {generation} {m} {k} {n}": call_of(operation, generation, m, k, n)
         for generation in options.generations
         for m in ROWS
         for k, n in SHAPES
         for operation in OPERATIONS
-    ]
-    keys = [key for key in keys if "cycles" not in result["calls"].get(key, {})]
-    calls = []
-    for key in keys:
-        operation, generation, *numbers = key.split()
-        m, k, n = map(int, numbers)
-        calls.append(call_of(operation, generation, m, k, n))
-    with progress(len(keys), "simulating") as shown:
-        left = iter(keys)
-
-        def keep(call: Call, found: dict[str, Any]) -> None:
-            result["calls"][next(left)] = found
-            result["machine"] = describe()
-            options.json.write_text(json.dumps(result, indent=0) + "\n")
-            shown.advance()
-
-        simulate(calls, keep)
+    }
+    result = resume(options.json, calls, retry=True)
     rows = rows_of(result)
     print_table(rows)
     draw(rows, options.json.with_suffix(".png"))

@@ -9,16 +9,13 @@ Needs ``pip install 'torq-jax[tpu]'``, no TPU. Resumable: what the JSON has is k
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.machine import describe
-from benchmarks.tpu_simulator import Call, simulate
-from convert.progress import progress
+from benchmarks.tpu_simulator import Call, prepared, resume
 from pallas_kernels import tiles, tpu
 from torq_jax.solvers.two_level import group_size
 
@@ -70,17 +67,13 @@ def rotation_shapes(k: int, n: int) -> tuple[tuple[int, ...] | None, tuple[int, 
 def candidates(generation: str, rows: int, k: int, n: int) -> Iterator[tuple[int, int, int]]:
     """What is tried: what fits in VMEM by the estimate, without what never won."""
     inter, intra = rotation_shapes(k, n)
-    size = tpu.TPURotation(*(None if s is None else _Shape(s) for s in (inter, intra)))
+    rotation = prepared(k, inter, intra)
     for each in tiles.candidates(generation, rows, n):
         if rows > tpu.RESIDENT_ROWS and (each.rotated < 128 or each.rows <= tpu.RESIDENT_ROWS):
             continue
-        needed = tiles.vmem_bytes(each, rows, k, n, rotation=size)
+        needed = tiles.vmem_bytes(each, rows, k, n, rotation=rotation)
         if needed <= tiles.GENERATIONS[generation].vmem:
             yield each[:3]
-
-
-class _Shape(NamedTuple):
-    shape: tuple[int, ...]
 
 
 def main() -> int:
@@ -97,27 +90,15 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="put the table into pallas_kernels/tiles.py")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "tpu_tune.json")
     options = parser.parse_args()
-    result: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {"calls": {}}
     calls: dict[str, Call] = {}
     shapes = sorted({site for name in options.models for site in MODELS[name].sites()})
     for rows in options.rows:
         for generation in options.generations:
             for k, n in shapes:
-                inter, intra = rotation_shapes(k, n)
                 for each in list(candidates(generation, rows, k, n))[: options.most]:
                     key = f"{generation} {k} {n} {rows} {' '.join(map(str, each))}"
-                    if key not in result["calls"]:
-                        calls[key] = Call("fused", generation, rows, k, n, inter, intra, "even", each)
-    names = list(calls)
-    with progress(len(names), "simulating") as shown:
-
-        def keep(call: Call, found: dict[str, Any]) -> None:
-            result["calls"][names[list(calls.values()).index(call)]] = found
-            result["machine"] = describe()
-            options.json.write_text(json.dumps(result, indent=0) + "\n")
-            shown.advance()
-
-        simulate(calls.values(), keep)
+                    calls[key] = Call("fused", generation, rows, k, n, *rotation_shapes(k, n), "even", each)
+    result = resume(options.json, calls, retry=False)
     lines = [f"    {entry!r}," for entry in best(result["calls"])]
     block = "TABLE: tuple[Entry, ...] = (\n" + "\n".join(lines) + "\n)\n"
     print(block)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,26 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.layout import BLOCK
+
+Rule = Literal["floor", "ceil", "even"]
+RULES: tuple[str, ...] = get_args(Rule)
+"""Scale rules that one pass over a block can apply: those that its largest magnitude decides."""
+
+CARRY = {
+    "floor": 0,
+    "ceil": (1 << 22) - 1,  # mantissa > 1.5
+    "even": 1 << 21,  # mantissa >= 1.75
+}
+"""Added to the float32 bits of a block's largest magnitude, these raise its exponent field by one exactly where the
+rule lies above floor."""
+
+
+def by_position(shape: tuple[int, ...], blocks: int) -> bool:
+    """Whether an inter of this shape has a matrix for each position, not one for all.
+
+    Unambiguous: both readings of a 3-d shape need ``shape[2] == blocks``, so ``shape[0]`` is 1 or 32.
+    """
+    return len(shape) == 4 or (len(shape) == 3 and shape[0] * shape[2] != blocks)
 
 
 def rotate(x: Float[Array, "m k"], inter: Any, intra: Any) -> Float[Array, "m k"]:
@@ -22,14 +42,12 @@ def rotate(x: Float[Array, "m k"], inter: Any, intra: Any) -> Float[Array, "m k"
     y: Any = x
     if inter is not None:
         group = inter.shape[-1]
-        shared = inter.ndim == 2 or (inter.ndim == 3 and inter.shape[0] * group == blocks)
         grouped = y.reshape(rows, blocks // group, group, BLOCK)
-        if shared:
-            y = _einsum("mngk,ngh->mnhk", grouped, inter.reshape(blocks // group, group, group), dtype)
+        if by_position(inter.shape, blocks):
+            matrix = inter.reshape(BLOCK, blocks // group, group, group)
+            y = _einsum("mngk,kngh->mnhk", grouped, matrix, dtype)
         else:
-            y = _einsum(
-                "mngk,kngh->mnhk", grouped, inter.reshape(BLOCK, blocks // group, group, group), dtype
-            )
+            y = _einsum("mngk,ngh->mnhk", grouped, inter.reshape(blocks // group, group, group), dtype)
         y = y.reshape(rows, size)
     if intra is not None:
         each = y.astype(dtype).reshape(rows, blocks, BLOCK)

@@ -89,7 +89,7 @@ def vmem_bytes(tiles: Tiles, rows: int, k: int, n: int, *, rotation: Any = None,
     for matrix in rotation or ():
         if matrix is not None:
             blocks += math.prod(matrix.shape) * width
-            scratch += k // LANES * LANES * LANES * width + math.prod(matrix.shape) * 4
+            scratch += k * LANES * width + math.prod(matrix.shape) * 4
     return 2 * blocks + scratch + values
 
 
@@ -102,13 +102,9 @@ def choose(
       ValueError: not even the smallest tiles fit.
     """
     properties = GENERATIONS[device]
-    wanted = [e for e in TABLE if (e.generation, e.k, e.n) == (device, k, n)]
-    for entry in sorted(wanted, key=lambda e: e.rows):
-        if rows <= entry.rows:
-            tiles = tpu_tiles(entry)
-            if vmem_bytes(tiles, rows, k, n, rotation=rotation, width=width) <= properties.vmem:
-                return tiles
-    for tiles in candidates(device, rows, n):
+    # The table is sorted: the entry for the fewest rows that are enough comes first.
+    known = [tpu_tiles(e) for e in TABLE if (e.generation, e.k, e.n) == (device, k, n) and rows <= e.rows]
+    for tiles in (*known, *candidates(device, rows, n)):
         if vmem_bytes(tiles, rows, k, n, rotation=rotation, width=width) <= properties.vmem:
             return tiles
     raise ValueError(

@@ -19,30 +19,24 @@ is rounded to bfloat16, the second's is quantised as it is. float32 activations 
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels.layout import BLOCK, LANES, Kind, TPUWeight, padded
-
-Rule = Literal["floor", "ceil", "even"]
-RULES: tuple[str, ...] = get_args(Rule)
-"""Scale rules that one pass over a block can apply: those that its largest magnitude decides."""
-
-_CARRY = {"floor": 0, "ceil": (1 << 22) - 1, "even": 1 << 21}
-# Added to the bits of a block's largest magnitude, these raise its exponent where the rule lies above floor.
+from pallas_kernels.reference import CARRY, RULES, Rule, by_position
 
 RESIDENT_ROWS = 128
 """With more rows than this in a tile, a tile of the weight is decoded into VMEM before it is multiplied."""
 
 _CHUNK = 512  # rows of K decoded at once
-_TOGETHER = 32  # vectors of 128 features rotated and rounded at once
+_TOGETHER = 32  # vectors of 128 features rotated and rounded at once; one of them for each lane of a block
 
 
 class TPURotation(NamedTuple):
@@ -117,7 +111,7 @@ def prepare_rotation(inter: Any, intra: Any, features: int, dtype: Any = jnp.bfl
 
 def _inter_rows(inter: Any, blocks: int, vectors: int, t: int) -> Any:
     size = inter.shape[-1]
-    shared = inter.ndim == 2 or (inter.ndim == 3 and inter.shape[0] * size == blocks)
+    shared = not by_position(inter.shape, blocks)
     positions = 1 if shared else BLOCK
     groups = inter.reshape(positions, blocks // size, size, size)
     width = 4 << t  # blocks in a vector after the exchange
@@ -213,7 +207,7 @@ def _block_scale(z: Any, rule: str) -> tuple[Any, Any]:
     for step in range(5):
         amax = jnp.maximum(amax, pltpu.roll(amax, 1 << step, 1))
     bits = lax.bitcast_convert_type(amax, jnp.int32)
-    field = ((bits + jnp.int32(_CARRY[rule])) & jnp.int32(0x7F800000)) - jnp.int32(2 << 23)
+    field = ((bits + jnp.int32(CARRY[rule])) & jnp.int32(0x7F800000)) - jnp.int32(2 << 23)
     return amax, lax.bitcast_convert_type(jnp.maximum(field, jnp.int32(1 << 23)), jnp.float32)
 
 
@@ -240,7 +234,7 @@ def _wide_scales(parts: list[Any], rule: str) -> list[Any]:
         words = merged
     amax = jnp.maximum(words[0], jnp.asarray(2.0**-124, jnp.bfloat16))
     # Both halves of a word at once. Two off the exponent first: then neither a carry nor a borrow leaves its half.
-    less = (2 << 7) - (_CARRY[rule] >> 16)
+    less = (2 << 7) - (CARRY[rule] >> 16)
     field = (pltpu.bitcast(amax, jnp.int32) - jnp.int32(less * 0x10001)) & jnp.int32(0x7F807F80)
     scale = pltpu.bitcast(field, jnp.bfloat16)
     made = []
@@ -299,34 +293,43 @@ def _scales(parts: list[Any], stages: _Stages) -> list[Any]:
     # The last bit of a magnitude decides 'ceil'; few rows wait less for one matrix than for fewer rotations.
     if rule == "ceil" or not stages.halves or parts[0].shape[0] < 64:
         return _spread([_block_scale(z, rule)[1] for z in parts])
-    made = []
-    for first in range(0, len(parts), BLOCK):
-        made += _wide_scales(parts[first : first + BLOCK], rule)
-    return made
+    return _wide_scales(parts, rule)
 
 
-def _expand(
-    stages: _Stages, vectors: int, inter_ref: Any, intra_ref: Any, rows_ref: Any, tiles_ref: Any, own_ref: Any
-) -> None:
+class _Scratch(NamedTuple):
+    """The rotation in VMEM: rows of the stage between blocks as words, its tiles, the tiles of the other stage."""
+
+    rows: Any
+    tiles: Any
+    own: Any
+
+
+def _take_scratch(stages: _Stages, given: Iterator[Any]) -> _Scratch:
+    """The references of :func:`_rotation_scratch`, in its order."""
+    rows, tiles = (next(given), next(given)) if stages.inter is not None else (None, None)
+    return _Scratch(rows, tiles, next(given) if stages.intra is not None else None)
+
+
+def _expand(stages: _Stages, vectors: int, inter_ref: Any, intra_ref: Any, scratch: _Scratch) -> None:
     """All tiles of the rotation, into VMEM."""
     if stages.inter is not None:
         t, count, dtype = stages.inter, inter_ref.shape[2], inter_ref.dtype
         for tile in range(inter_ref.shape[0] * inter_ref.shape[1]):
             rows = inter_ref[divmod(tile, inter_ref.shape[1])]
             if t == 5:
-                tiles_ref[tile] = rows
+                scratch.tiles[tile] = rows
                 continue
             if dtype == jnp.bfloat16:
                 bits = lax.bitcast_convert_type(rows.astype(jnp.float32), jnp.int32)
                 rows = bits | lax.shift_right_logical(bits, jnp.int32(16))
-            rows_ref[tile * count : (tile + 1) * count, :] = rows
-            tiles_ref[tile] = _expand_inter(rows_ref, tile * count, t, dtype)
+            scratch.rows[tile * count : (tile + 1) * count, :] = rows
+            scratch.tiles[tile] = _expand_inter(scratch.rows, tile * count, t, dtype)
     if stages.intra is not None:
         for v in range(1 if stages.intra == "one" else vectors):
-            own_ref[v] = _expand_intra(intra_ref[:, v * LANES : (v + 1) * LANES])
+            scratch.own[v] = _expand_intra(intra_ref[:, v * LANES : (v + 1) * LANES])
 
 
-def _rotated(stages: _Stages, x_ref: Any, rows: Any, units: range, tiles_ref: Any, own_ref: Any) -> list[Any]:
+def _rotated(stages: _Stages, x_ref: Any, rows: Any, units: range, scratch: _Scratch) -> list[Any]:
     """Rows of some units' vectors after both stages, float32 or as they came.
 
     Step by step for all vectors, so that each waits for its own lane rotations and products only.
@@ -338,20 +341,19 @@ def _rotated(stages: _Stages, x_ref: Any, rows: Any, units: range, tiles_ref: An
     if stages.inter is not None:
         tile = (lambda v: v >> t) if stages.shared else (lambda v: v)
         parts = _exchange(parts, t)
-        parts = [_dot(p, tiles_ref[tile(v)]) for v, p in zip(vectors, parts, strict=True)]
+        parts = [_dot(p, scratch.tiles[tile(v)]) for v, p in zip(vectors, parts, strict=True)]
         if stages.intra is not None:
             parts = [p.astype(dtype) for p in parts]
         parts = _exchange(parts, t)
     if stages.intra is not None:
         parts = [
-            _dot(p, own_ref[0 if stages.intra == "one" else v]) for v, p in zip(vectors, parts, strict=True)
+            _dot(p, scratch.own[0 if stages.intra == "one" else v])
+            for v, p in zip(vectors, parts, strict=True)
         ]
     return parts
 
 
-def _prologue(
-    stages: _Stages, x_ref: Any, out_ref: Any, tiles_ref: Any, own_ref: Any, count: int, step: int
-) -> None:
+def _prologue(stages: _Stages, x_ref: Any, out_ref: Any, scratch: _Scratch, count: int, step: int) -> None:
     """Rotate and round ``count`` rows into ``out_ref``."""
     vectors = x_ref.shape[1] // LANES
     units = vectors >> (stages.inter or 0)
@@ -361,7 +363,7 @@ def _prologue(
         rows = pl.ds(pl.multiple_of(i * step, step), step) if count > step else slice(0, count)
         for first in range(0, units, together):
             some = range(first, min(units, first + together))
-            parts = _rotated(stages, x_ref, rows, some, tiles_ref, own_ref)
+            parts = _rotated(stages, x_ref, rows, some, scratch)
             if stages.rule is not None:
                 parts = [z.astype(jnp.float32) for z in parts]
                 wide = _scales(parts, stages)
@@ -423,7 +425,7 @@ def _kernel(*refs: Any, stages: _Stages, kind: str, step: int, resident: bool, o
     out_ref, scale_ref = next(given), next(given)
     weight_ref = next(given) if resident else None
     ready_ref = next(given) if stages.any else x_ref
-    scratch = list(given)
+    scratch = _take_scratch(stages, given)
     size = x_ref.shape[1]
 
     def multiply() -> None:
@@ -444,27 +446,15 @@ def _kernel(*refs: Any, stages: _Stages, kind: str, step: int, resident: bool, o
 
         @pl.when(pl.program_id(1) == 0)
         def _() -> None:
-            _prepare(stages, x_ref, inter_ref, intra_ref, ready_ref, list(scratch), step)
+            _expand(stages, size // LANES, inter_ref, intra_ref, scratch)
+            _prologue(stages, x_ref, ready_ref, scratch, x_ref.shape[0], step)
 
     multiply()
 
 
-def _prepare(
-    stages: _Stages, x_ref: Any, inter_ref: Any, intra_ref: Any, ready_ref: Any, scratch: list[Any], step: int
-) -> None:
-    """Rotated and rounded activations, into VMEM."""
-    rows_ref, tiles_ref = (scratch.pop(0), scratch.pop(0)) if stages.inter is not None else (None, None)
-    own_ref = scratch.pop(0) if stages.intra is not None else None
-    _expand(stages, x_ref.shape[1] // LANES, inter_ref, intra_ref, rows_ref, tiles_ref, own_ref)
-    _prologue(stages, x_ref, ready_ref, tiles_ref, own_ref, x_ref.shape[0], step)
-
-
 def _multiply(x: Any, weight: Any) -> Any:
-    if x.dtype == jnp.float32:
-        return jnp.dot(
-            x, weight.astype(jnp.float32), precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-        )
-    return jnp.dot(x, weight, preferred_element_type=jnp.float32)
+    # The matrix unit takes float8_e5m2 beside bfloat16 as it is.
+    return _dot(x, weight.astype(x.dtype) if x.dtype == jnp.float32 else weight)
 
 
 # ---------------------------------------------------------------- calls
@@ -573,38 +563,33 @@ def _check(x: Any, full: int, rotation: TPURotation, rule: str | None, halves: b
     return _Stages(t, shared, own, rule, halves)
 
 
-def _word(dtype: Any) -> Any:
-    return jnp.int32 if dtype == jnp.bfloat16 else jnp.float32
-
-
 def _rotation_scratch(rotation: TPURotation, stages: _Stages, full: int) -> list[Any]:
     made = []
     if rotation.inter is not None:
-        count = int(np.prod(rotation.inter.shape[:2]))
-        made.append(pltpu.VMEM((count * rotation.inter.shape[2], LANES), _word(rotation.inter.dtype)))
-        made.append(pltpu.VMEM((count, LANES, LANES), rotation.inter.dtype))
+        units, each, rows, _ = rotation.inter.shape
+        word = jnp.int32 if rotation.inter.dtype == jnp.bfloat16 else jnp.float32
+        made.append(pltpu.VMEM((units * each * rows, LANES), word))
+        made.append(pltpu.VMEM((units * each, LANES, LANES), rotation.inter.dtype))
     if rotation.intra is not None:
         count = 1 if stages.intra == "one" else full // LANES
         made.append(pltpu.VMEM((count, LANES, LANES), rotation.intra.dtype))
     return made
 
 
-def _codes_kernel(*refs: Any, stages: _Stages, has_inter: bool, has_intra: bool) -> None:
+def _codes_kernel(*refs: Any, stages: _Stages) -> None:
     given = iter(refs)
     x_ref = next(given)
-    inter_ref = next(given) if has_inter else None
-    intra_ref = next(given) if has_intra else None
+    inter_ref = next(given) if stages.inter is not None else None
+    intra_ref = next(given) if stages.intra is not None else None
     codes_ref, scales_ref = next(given), next(given)
-    rows_ref = next(given) if has_inter else None
-    tiles_ref = next(given) if has_inter else None
-    own_ref = next(given) if has_intra else None
+    scratch = _take_scratch(stages, given)
     vectors = x_ref.shape[1] // LANES
-    _expand(stages, vectors, inter_ref, intra_ref, rows_ref, tiles_ref, own_ref)
+    _expand(stages, vectors, inter_ref, intra_ref, scratch)
     t = stages.inter or 0
     rule = stages.rule
     assert rule is not None
     row, lane = _iota(0), _iota(1)
-    parts = _rotated(stages, x_ref, slice(None), range(vectors >> t), tiles_ref, own_ref)
+    parts = _rotated(stages, x_ref, slice(None), range(vectors >> t), scratch)
     parts = [z.astype(jnp.float32) for z in parts]
     found = [_block_scale(z, rule) for z in parts]
     spread = _spread([scale for _, scale in found])
@@ -651,14 +636,9 @@ def rotate_quantize(
     more = -(-count // row_tile) * row_tile - count
     x = jnp.pad(x, ((0, more), (0, full - size)))
     code_lanes, scale_lanes = padded(full // 2), padded(full // BLOCK)
-    kernel = functools.partial(
-        _codes_kernel,
-        stages=stages,
-        has_inter=rotation.inter is not None,
-        has_intra=rotation.intra is not None,
-    )
+    matrices = [matrix for matrix in rotation if matrix is not None]
     codes, scales = pl.pallas_call(
-        kernel,
+        functools.partial(_codes_kernel, stages=stages),
         out_shape=(
             jax.ShapeDtypeStruct((x.shape[0], code_lanes), jnp.uint8),
             jax.ShapeDtypeStruct((x.shape[0], scale_lanes), jnp.uint8),
@@ -666,7 +646,7 @@ def rotate_quantize(
         grid=(x.shape[0] // row_tile,),
         in_specs=[
             pl.BlockSpec((row_tile, full), lambda m: (m, 0)),
-            *(_whole(matrix.shape, 1) for matrix in rotation if matrix is not None),
+            *(_whole(a.shape, 1) for a in matrices),
         ],
         out_specs=(
             pl.BlockSpec((row_tile, code_lanes), lambda m: (m, 0)),
@@ -676,5 +656,5 @@ def rotate_quantize(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=vmem_limit),
         interpret=interpret,
         name=name,
-    )(x, *(matrix for matrix in rotation if matrix is not None))
+    )(x, *matrices)
     return codes[:count, : size // 2], scales[:count, : size // BLOCK]

@@ -33,7 +33,7 @@ def exact_case(m, k, n, inter, intra, dtype, seed=0):
 # m, k, n, inter, intra, rule, dtype, kind, rows of a tile
 CASES = [
     (1, 256, 128, None, None, "even", BF16, "bytes", 64),
-    (5, 96, 40, (3, 3), (32, 32), "even", BF16, "bytes", 64),
+    (5, 96, 40, None, (32, 32), "even", BF16, "bytes", 64),
     (16, 256, 200, (8, 8), (32, 32), "floor", BF16, "float4", 64),
     (3, 576, 200, (32, 9, 2, 2), (18, 32, 32), "ceil", BF16, "bytes", 64),
     (17, 512, 256, (32, 1, 16, 16), (16, 32, 32), "even", F32, "bytes", 64),
@@ -51,11 +51,6 @@ CASES = [
 ]
 
 
-def possible(inter, k):
-    """The kernels' matrix of a stage between blocks; a group that is no power of two stays outside."""
-    return inter if inter is None or tpu.exchanged_bits(inter, k) is not None else None
-
-
 @pytest.mark.parametrize("m, k, n, inter, intra, rule, dtype, kind, rows", CASES)
 def test_codes_and_products_equal_the_reference(m, k, n, inter, intra, rule, dtype, kind, rows):
     check_exact(m, k, n, inter, intra, rule, dtype, kind, rows, True)
@@ -68,7 +63,6 @@ def test_the_tpu_interpreter_agrees(case):
 
 def check_exact(m, k, n, inter, intra, rule, dtype, kind, rows, interpret):
     x, inter, intra, w = exact_case(m, k, n, inter, intra, dtype)
-    inter = possible(inter, k)
     rotation = tpu.prepare_rotation(inter, intra, k, dtype=jnp.dtype(dtype))
     z = reference.rotate(x, inter, intra)
     if rule is not None:
@@ -109,12 +103,9 @@ def test_random_data_differs_at_rounding_boundaries_only():
     # A sum in another order may round to the neighbouring bfloat16 between the stages, 2**-8 of one of 32 summands;
     # where it matters, the reference's value moved by that much must be able to take the other code, too.
     moved = 2.0**-8 * np.asarray(jnp.abs(z)).max(-1, keepdims=True)
-    step = np.abs(np.asarray(got) - np.asarray(want))
     middle = (np.asarray(got) + np.asarray(want)) / 2
     assert different.mean() < 1e-3
-    assert (np.abs(np.asarray(z) - middle)[different] <= moved.repeat(512, 1)[different]).all() or (
-        step[different].size == 0
-    )
+    assert (np.abs(np.asarray(z) - middle)[different] <= moved.repeat(512, 1)[different]).all()
 
 
 @pytest.mark.parametrize("rows", [64, 256])

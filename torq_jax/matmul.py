@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.reference import RULES
 from torq_jax import mxfp4, mxfp8, rotation, tpu
 from torq_jax.errors import TorqError
 from torq_jax.mxfp4 import MXFP4Array, ScaleRule
@@ -84,38 +85,35 @@ def select(
     activation_format: str = "mxfp4",
 ) -> str:
     """The implementation to use; a name that cannot run is an error, never another one in its place."""
-    backend = jax.default_backend()
+    backend, packed = jax.default_backend(), isinstance(weight, TPULinear)
     unfit = _unfit(weight, activation_scale, activation_format)
-    if implementation is None:
-        packed = isinstance(weight, TPULinear)
-        if packed and backend != "tpu":
-            raise TorqError(
-                f"this weight is packed for a TPU, and the backend is {backend}: keep the MXFP4Array, or pass "
-                "implementation='tpu_interpret' to try the kernel slowly"
-            )
-        chosen = "tpu" if backend == "tpu" and unfit is None else "xla"
-        if packed and unfit is not None:
-            raise TorqError(unfit)
-        _announce(chosen, backend, unfit if backend == "tpu" else None)
-        return chosen
-    if implementation not in IMPLEMENTATIONS:
+    if implementation is None and packed and backend != "tpu":
         raise TorqError(
-            f"implementation {implementation!r} does not exist: must be one of {', '.join(IMPLEMENTATIONS)}"
+            f"this weight is packed for a TPU, and the backend is {backend}: keep the MXFP4Array, or pass "
+            "implementation='tpu_interpret' to try the kernel slowly"
         )
-    if implementation == "xla":
-        if isinstance(weight, TPULinear):
-            raise TorqError(
-                "this weight is packed for the TPU kernels: implementation 'xla' needs the MXFP4Array"
-            )
-        return implementation
-    if unfit is not None:
+    # A packed weight has one implementation on a TPU, fit or not.
+    chosen = implementation
+    if chosen is None:
+        chosen = "tpu" if packed or (backend == "tpu" and unfit is None) else "xla"
+    if chosen not in IMPLEMENTATIONS:
+        raise TorqError(
+            f"implementation {chosen!r} does not exist: must be one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    if chosen == "xla" and packed:
+        raise TorqError(
+            "this weight is packed for the TPU kernels: implementation 'xla' needs the MXFP4Array"
+        )
+    if chosen != "xla" and unfit is not None:
         raise TorqError(unfit)
-    if implementation == "tpu" and backend != "tpu":
+    if chosen == "tpu" and backend != "tpu":
         raise TorqError(
             f"implementation 'tpu' needs a TPU, the backend is {backend}: use 'xla', or 'tpu_interpret' to try the "
             "kernel slowly"
         )
-    return implementation
+    if implementation is None:
+        _announce(chosen, backend, unfit if backend == "tpu" else None)
+    return chosen
 
 
 def _unfit(weight: Any, activation_scale: str | None, activation_format: str) -> str | None:
@@ -124,8 +122,11 @@ def _unfit(weight: Any, activation_scale: str | None, activation_format: str) ->
         return f"the TPU kernels multiply MXFP4 weights, not {type(weight).__name__}"
     if activation_scale is not None and activation_format != "mxfp4":
         return f"the TPU kernels round activations to mxfp4, not {activation_format}"
-    if activation_scale == "mse":
-        return "the TPU kernels cannot apply scale rule 'mse' in one pass: use 'even', 'ceil' or 'floor'"
+    if activation_scale not in (None, *RULES):
+        return (
+            f"the TPU kernels cannot apply scale rule {activation_scale!r} in one pass: must be one of "
+            f"{', '.join(RULES)}"
+        )
     return None
 
 

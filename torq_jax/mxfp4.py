@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, UInt8
 
+from pallas_kernels.reference import CARRY
 from torq_jax.errors import TorqError
 
 BLOCK = 32
@@ -34,13 +35,7 @@ SCALE_BIAS = 127
 _MANTISSA = 23
 _INF_BITS = 0xFF << _MANTISSA
 
-# Added to the bits of amax, these raise its exponent field by one exactly where the rule lies above floor.
-_CARRY = {
-    "floor": 0,
-    "ceil": (1 << (_MANTISSA - 1)) - 1,  # mantissa > 1.5
-    "even": 1 << (_MANTISSA - 2),  # mantissa >= 1.75
-    "mse": 0,
-}
+_CARRY = CARRY | {"mse": 0}  # which starts from floor
 
 
 @dataclasses.dataclass(frozen=True)

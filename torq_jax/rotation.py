@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels.reference import by_position
 from torq_jax.errors import TorqError
 
 POSITIONS = 32
@@ -113,11 +114,6 @@ def _inter_fits(shape: tuple[int, ...], blocks: int) -> bool:
     return shape[0] == POSITIONS and shape[1] * shape[2] == blocks
 
 
-def _inter_by_position(shape: tuple[int, ...], blocks: int) -> bool:
-    # Unambiguous: both readings of a 3-d shape need shape[2] == B, so shape[0] == 1 and shape[0] == 32.
-    return len(shape) == 4 or (len(shape) == 3 and shape[0] * shape[2] != blocks)
-
-
 def _check_last_axis(name: str, shape: tuple[int, ...], dtype: Any, rotation: TwoLevelRotation) -> None:
     validate(rotation)
     if not shape or shape[-1] != rotation.features:
@@ -143,7 +139,7 @@ def _apply_inter(x: jax.Array, inter: jax.Array | None, features: int) -> jax.Ar
         return x
     blocks, size = features // POSITIONS, inter.shape[-1]
     grouped = x.reshape(*x.shape[:-1], blocks // size, size, POSITIONS)  # [..., n, g, k]
-    if _inter_by_position(inter.shape, blocks):
+    if by_position(inter.shape, blocks):
         matrix = inter.reshape(POSITIONS, blocks // size, size, size)
         mixed = _einsum("...ngk,kngh->...nhk", grouped, matrix)
     else:
@@ -326,7 +322,7 @@ def _rotate_host(
         size = inter.shape[-1]
         groups = blocks // size
         grouped = x.reshape(tokens, groups, size, POSITIONS)  # [t, n, g, k]
-        if _inter_by_position(inter.shape, blocks):
+        if by_position(inter.shape, blocks):
             matrix = inter.reshape(POSITIONS, groups, size, size)
             mixed = np.matmul(np.ascontiguousarray(grouped.transpose(3, 1, 0, 2)), matrix)  # [k, n, t, g]
             x = mixed.transpose(2, 1, 3, 0).reshape(tokens, features)

@@ -4,7 +4,6 @@ them."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,7 +118,7 @@ def apply(
     if linear.before is not None:
         rows = rotations.rotate(rows, TwoLevelRotation(linear.before, None, linear.features))
     try:
-        device = generation or tiles.generation(_device_kind())
+        device = generation or tiles.generation(jax.devices()[0].device_kind)
         chosen = tiles.choose(
             device,
             rows.shape[0],
@@ -143,8 +142,3 @@ def apply(
             raise
         raise TorqError(str(error)) from error
     return y[:, : linear.out_features].reshape(*x.shape[:-1], linear.out_features)
-
-
-@functools.cache
-def _device_kind() -> str:
-    return jax.devices()[0].device_kind
