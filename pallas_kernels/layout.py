@@ -10,10 +10,12 @@ by integer operations on its byte, four weights at a time: mask, add the scale, 
 long as the scales of a column (all blocks of one output) lie within 27 powers of two of each other; what they
 have in common is a factor of the output. :func:`check_scales` tells whether they do.
 
-**Bytes** (v5e, v6e). A 32-bit word holds two blocks' codes of eight rows of 4: byte ``t`` of word row ``r`` has
-element ``4 (r % 8) + t`` of block ``2 (r // 8)`` in bits 7 (sign) and 3 to 1, of block ``2 (r // 8) + 1`` in
-bits 0 (sign) and 6 to 4. With magnitudes 0 and 0.5 exchanged, bits 3 to 1 are those of e5m2: 0.5 is a power of
-two like the others, and only zero, which looks like 0.75, has to be cleared.
+**Bytes** (v5e, v6e). A 32-bit word ``w`` holds two blocks' codes of eight rows of 4. With the mask ``m = 0x8E8E8E8E``
+(of every byte bit 7, the sign, and bits 3 to 1), byte ``t`` of ``w & m``, ``w`` being word row ``r``, is element
+``4 (r % 8) + t`` of block ``2 (r // 8)``, and byte ``t`` of ``(w >> 3 ^ w << 7) & m`` that of block
+``2 (r // 8) + 1``: each bit that the mask leaves free is stored such that the exclusive or comes out right, which
+takes one operation less than putting the sign in by itself. With magnitudes 0 and 0.5 exchanged, bits 3 to 1 are
+those of e5m2: 0.5 is a power of two like the others, and only zero, which looks like 0.75, has to be cleared.
 
 **Float4** (tpu7x). Eight consecutive rows to a word, nibble ``t`` of word row ``r`` has element ``8 r + t``:
 the order of the hardware's own conversion from float4_e2m1fn, which leaves less room: 14 powers of two.
@@ -131,18 +133,16 @@ def _words(each: UInt8[Array, "n b 32"], kind: Kind) -> Int32[Array, "k8 n"]:
         eight = each.reshape(n, blocks * 4, 8).astype(jnp.uint32)  # [n, r, t]
         word = functools.reduce(jnp.bitwise_or, [eight[..., t] << (4 * t) for t in range(8)])
     else:
-        sign, magnitude = (each & 8).astype(jnp.uint32), (each & 7).astype(jnp.uint32)
+        magnitude = each & 7
         magnitude = jnp.where(magnitude < 2, magnitude ^ 1, magnitude)
-        pairs = jnp.stack([magnitude, sign], -1).reshape(
-            n, blocks // 2, 2, 8, 4, 2
-        )  # [n, p, even|odd, r, t, m|s]
-        even, odd = pairs[:, :, 0], pairs[:, :, 1]
-        byte = (
-            (even[..., 1] << 4) | (even[..., 0] << 1) | (odd[..., 0] << 4) | (odd[..., 1] >> 3)
-        )  # [n, p, r, t]
-        word = functools.reduce(jnp.bitwise_or, [byte[..., t] << (8 * t) for t in range(4)]).reshape(
-            n, blocks * 4
-        )
+        byte = (((each & 8) << 4) | (magnitude << 1)).astype(jnp.uint32)
+        byte = byte.reshape(n, blocks // 2, 2, 8, 4)  # [n, p, even|odd, r, t]
+        both = functools.reduce(jnp.bitwise_or, [byte[..., t] << (8 * t) for t in range(4)])
+        even, odd = both[:, :, 0].reshape(n, blocks * 4), both[:, :, 1].reshape(n, blocks * 4)
+        # The free bits from those that are settled: 0 from the even codes, 4 and 5 from them too, 6 from bit 4.
+        sign, low, high = (jnp.uint32(0x01010101 * bits) for bits in (0x80, 0x06, 0x08))
+        word = even | (((odd ^ (even >> 3)) & sign) >> 7) | (((odd ^ (even << 7)) & low) << 3)
+        word |= ((odd ^ (word << 7)) & high) << 3
     return jax.lax.bitcast_convert_type(word, jnp.int32).T
 
 
@@ -156,10 +156,10 @@ def from_tpu(
     if kind == "float4":
         each = jnp.stack([(word >> (4 * t)) & 15 for t in range(8)], -1).reshape(rows, blocks, BLOCK)
     else:
-        byte = jnp.stack([(word >> (8 * t)) & 255 for t in range(4)], -1).reshape(rows, blocks // 2, 8, 4)
-        even = ((byte >> 1) & 7) | ((byte >> 4) & 8)
-        odd = ((byte >> 4) & 7) | ((byte & 1) << 3)
-        each = jnp.stack([even, odd], 2).reshape(rows, blocks, BLOCK)
+        both = jnp.stack([word, (word >> 3) ^ (word << 7)], 1).reshape(rows, 2, blocks // 2, 8)
+        byte = jnp.stack([both >> (8 * t) for t in range(4)], -1)  # [n, even|odd, p, r, t]
+        each = ((byte >> 1) & 7) | ((byte >> 4) & 8)
+        each = each.transpose(0, 2, 1, 3, 4).reshape(rows, blocks, BLOCK)
         magnitude = each & 7
         each = (each & 8) | jnp.where(magnitude < 2, magnitude ^ 1, magnitude)
     codes = (each[..., ::2] | (each[..., 1::2] << 4)).astype(jnp.uint8).reshape(rows, blocks * BLOCK // 2)

@@ -388,10 +388,9 @@ def _decode(words: Any, scale_rows: list[Any], kind: str) -> Any:
         codes = [pltpu.bitcast(pltpu.bitcast(words, jnp.float4_e2m1fn).astype(jnp.float8_e5m2), jnp.int32)]
         nothing = 0
     else:
-        even = words & jnp.int32(-0x71717172)  # 0x8E8E8E8E
-        odd = (lax.shift_right_logical(words, jnp.int32(3)) & jnp.int32(0x0E0E0E0E)) | (
-            (words << 7) & jnp.int32(-0x7F7F7F80)  # 0x80808080
-        )
+        mask = jnp.int32(-0x71717172)  # 0x8E8E8E8E
+        even = words & mask
+        odd = (lax.shift_right_logical(words, jnp.int32(3)) ^ (words << 7)) & mask
         codes, nothing = [even, odd], 2
     made = []
     for code, scale in zip(codes, scale_rows, strict=True):

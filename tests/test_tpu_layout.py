@@ -73,10 +73,9 @@ def test_bytes_are_e5m2_numbers_of_the_documented_bits(kind):
             byte = plain.astype(ml_dtypes.float8_e5m2).view(np.uint8).astype(int)
             zero = byte == 0
         else:
-            byte = (words[8 * (block // 2) + inside // 4] >> (8 * (inside % 4))) & 255
-            if block % 2:
-                byte = ((byte >> 3) & 0x0E) | ((byte & 1) << 7)
-            byte = (byte & 0x8E).astype(int)
+            word = words[8 * (block // 2) + inside // 4]
+            word = (word >> 3) ^ (word << 7) if block % 2 else word
+            byte = ((word >> (8 * (inside % 4))) & 0x8E).astype(int)
             zero = byte == 2
         byte = np.where(zero, 0, byte + exponents[block])
         assert byte.max() < 256
