@@ -180,7 +180,9 @@ def _operation(call: Call) -> tuple[Callable[..., Any], list[Any]]:
     chosen = (
         tiles.choose(call.generation, m, k, n, rotation=rotation)
         if call.tiles is None
-        else tpu.Tiles(*call.tiles, halves=properties.halves)
+        else tiles.held_tiles(
+            call.generation, tpu.Tiles(*call.tiles, halves=properties.halves), m, k, n, rotation=rotation
+        )
     )
 
     def fused(x: Any, words: Any, exponents: Any, factor: Any, *rest: Any) -> Any:

@@ -70,7 +70,7 @@ def generation(device_kind: str) -> str:
 
 
 def vmem_bytes(tiles: Tiles, rows: int, k: int, n: int, *, rotation: Any = None, width: int = 2) -> int:
-    """Bytes of VMEM of a call with these tiles: blocks twice, scratch, and what the compiler keeps of values.
+    """Bytes of VMEM of a call with these tiles: operands, scratch, and what the compiler keeps of values.
 
     Args:
       rows, k, n: of the call.
@@ -78,19 +78,30 @@ def vmem_bytes(tiles: Tiles, rows: int, k: int, n: int, *, rotation: Any = None,
       width: bytes of an activation.
     """
     k, n = padded(k), padded(n)
+    few = rows <= min(tiles.rows, RESIDENT_ROWS)
     row_tile, columns = min(tiles.rows, -(-rows // 16) * 16), min(tiles.columns, n)
-    blocks = row_tile * k * width + k // 8 * columns * 4 + k // BLOCK * columns + row_tile * columns * width
+    weight = k // 8 * columns * 4 + k // BLOCK * columns
     scratch = k // BLOCK * columns * 4 + row_tile * k * 2
-    values = row_tile * columns * 4
-    if row_tile > RESIDENT_ROWS:
-        scratch += k * columns
-    step = min(tiles.rotated, row_tile)
-    values += 3 * step * min(k, BLOCK * LANES) * 4
+    values = row_tile * columns * 4 + 3 * min(tiles.rotated, row_tile) * min(k, BLOCK * LANES) * 4
+    matrices = 0
     for matrix in rotation or ():
         if matrix is not None:
-            blocks += math.prod(matrix.shape) * width
+            matrices += math.prod(matrix.shape) * width
             scratch += k * LANES * width + math.prod(matrix.shape) * 4
-    return 2 * blocks + scratch + values
+    if few:
+        return tiles.held * weight + row_tile * (k + n) * width + n * 4 + matrices + scratch + values
+    blocks = row_tile * (k + columns) * width + weight + columns * 4 + matrices
+    return 2 * blocks + scratch + k * columns + values
+
+
+def held_tiles(device: str, tiles: Tiles, rows: int, k: int, n: int, **given: Any) -> Tiles:
+    """The same tiles with as many of the weight's in VMEM at once as there are, or as fit; two at least."""
+    count = -(-padded(n) // min(tiles.columns, padded(n)))
+    none, one = (vmem_bytes(tiles._replace(held=h), rows, k, n, **given) for h in (0, 1))
+    if none == one:  # blocks come in the grid's own pipeline
+        return tiles
+    room = (GENERATIONS[device].vmem - none) // (one - none)
+    return tiles._replace(held=max(2, min(count, room)))
 
 
 def choose(
@@ -104,7 +115,8 @@ def choose(
     properties = GENERATIONS[device]
     # The table is sorted: the entry for the fewest rows that are enough comes first.
     known = [tpu_tiles(e) for e in TABLE if (e.generation, e.k, e.n) == (device, k, n) and rows <= e.rows]
-    for tiles in (*known, *candidates(device, rows, n)):
+    for each in (*known, *candidates(device, rows, n)):
+        tiles = held_tiles(device, each, rows, k, n, rotation=rotation, width=width)
         if vmem_bytes(tiles, rows, k, n, rotation=rotation, width=width) <= properties.vmem:
             return tiles
     raise ValueError(

@@ -33,18 +33,21 @@ from pallas_kernels.layout import BLOCK, LANES, Kind, TPUWeight, padded
 from pallas_kernels.reference import CARRY, RULES, Rule, by_position
 
 RESIDENT_ROWS = 128
-"""With more rows than this in a tile, a tile of the weight is decoded into VMEM before it is multiplied."""
+"""Up to this many rows the weight streams through VMEM and is multiplied as it is decoded. With more, tiles of rows
+and of the weight form a grid, and a tile of the weight is decoded into VMEM before it is multiplied."""
 
 _CHUNK = 512  # rows of K decoded at once
-_TOGETHER = 32  # vectors of 128 features rotated and rounded at once; one of them for each lane of a block
+_PAIRED_ROWS = 32  # up to these, two vectors are multiplied at once
+_TOGETHER = 32  # vectors of 128 features rounded at once, of many rows; one of them for each lane of a block
 
 
 class TPURotation(NamedTuple):
-    """A two-level rotation as the kernels read it, in bfloat16 (float32 for float32 activations).
+    """A two-level rotation as the kernels read it: float32, or int32 words of two bfloat16 rows, the first one low.
 
-    inter: None or ``[U, J, R, 128]``: for each of ``U`` groups of ``128 * 2**t`` features the tiles' rows that
-    differ, ``R = max(16, 4 * 2**t)``; ``J`` is 1 where all positions have the same matrix, else ``2**t``.
-    intra: None, ``[32, 128]`` for one matrix, or ``[32, K]``: ``intra[k, 32 b + k']`` of block b.
+    inter: None or ``[U, J, R, 128]`` (words: half the rows): for each of ``U`` groups of ``128 * 2**t`` features the
+    tiles' rows that differ, ``R = max(16, 4 * 2**t)``; ``J`` is 1 where all positions have the same matrix, else
+    ``2**t``.
+    intra: None, ``[32, 128]`` for one matrix, or ``[32, K]``: ``intra[k, 32 b + k']`` of block b (words: 16 rows).
     """
 
     inter: Array | None
@@ -55,12 +58,14 @@ class Tiles(NamedTuple):
     """How a call works: rows of activations and columns of the weight in a tile, rows rotated at once.
 
     halves: whether bfloat16 vectors are compared as such, two rows to a lane (v6e and later have the instructions).
+    held: tiles of the weight in VMEM at once, where all rows are in one tile of :data:`RESIDENT_ROWS` at most.
     """
 
     rows: int
     columns: int
     rotated: int = 32
     halves: bool = True
+    held: int = 2
 
 
 # ---------------------------------------------------------------- preparation
@@ -98,15 +103,35 @@ def prepare_rotation(inter: Any, intra: Any, features: int, dtype: Any = jnp.bfl
                 f"the TPU kernels mix groups of 1, 2, 4, ... or 128 blocks, this rotation mixes {inter.shape[-1]} of "
                 f"{features // BLOCK}: rotate between blocks before the call, or solve with group=a power of two"
             )
-        made = _inter_rows(inter, features // BLOCK, vectors, t).astype(dtype)
+        made = _stored(_inter_rows(inter, features // BLOCK, vectors, t), dtype)
     if intra is not None:
         if intra.ndim == 2:
             intra = jnp.tile(intra, (1, LANES // BLOCK))
         else:
             intra = jnp.pad(intra, ((0, vectors * 4 - intra.shape[0]), (0, 0), (0, 0)))
             intra = intra.transpose(1, 0, 2).reshape(BLOCK, vectors * LANES)
-        intra = intra.astype(dtype)
+        intra = _stored(intra, dtype)
     return TPURotation(made, intra)
+
+
+def _stored(rows: Any, dtype: Any) -> Any:
+    """Rows as :class:`TPURotation` has them. Words, since VMEM keeps bfloat16 in halves of a vector, eight rows each,
+    which cost a second access and a merge."""
+    rows = rows.astype(dtype)
+    if dtype == jnp.float32:
+        return rows
+    bits = lax.bitcast_convert_type(rows, jnp.uint16).astype(jnp.uint32)
+    return lax.bitcast_convert_type(bits[..., ::2, :] | (bits[..., 1::2, :] << 16), jnp.int32)
+
+
+def _packed(value: Any) -> Any:
+    """float32, or bfloat16 as words of two rows."""
+    return pltpu.bitcast(value, jnp.int32) if value.dtype == jnp.bfloat16 else value
+
+
+def _unpacked(words: Any) -> Any:
+    """Inverse of :func:`_packed`."""
+    return pltpu.bitcast(words, jnp.bfloat16) if words.dtype == jnp.int32 else words
 
 
 def _inter_rows(inter: Any, blocks: int, vectors: int, t: int) -> Any:
@@ -145,35 +170,55 @@ def _dot(a: Any, b: Any) -> Any:
     return jnp.dot(a, b, precision=exact, preferred_element_type=jnp.float32)
 
 
-def _expand_inter(rows_ref: Any, first: int, t: int, dtype: Any) -> Any:
-    """Rows ``first`` to ``first + 4 * 2**t`` -> ``[128, 128]``: each row at its block's positions, on their lanes.
+def _double_rows(words: Any, rows_ref: Any, first: int) -> None:
+    """Rows of words, into rows ``first`` and on of the scratch that :func:`_expand_inter` reads.
 
-    ``rows_ref`` has 32-bit rows: float32 values, or each bfloat16 value twice.
+    Words of two bfloat16 rows become the even rows, then the odd ones, each value in both halves of its word.
     """
-    packed = 2 if dtype == jnp.bfloat16 else 1
+    if words.dtype == jnp.float32:
+        rows_ref[first : first + words.shape[0], :] = words
+        return
+    half = words.shape[0]
+    low = words & jnp.int32(0xFFFF)
+    high = lax.shift_right_logical(words, jnp.int32(16))
+    rows_ref[first : first + half, :] = low | (low << 16)
+    rows_ref[first + half : first + 2 * half, :] = high | (high << 16)
+
+
+def _expand_inter(rows_ref: Any, first: int, count: int, t: int) -> Any:
+    """``4 * 2**t`` of ``count`` rows at ``first`` -> a tile ``[128, 128]``: each row at its block's positions.
+
+    As :func:`_packed` has it.
+    """
+    packed = 2 if rows_ref.dtype == jnp.int32 else 1
     repeat = (BLOCK >> t) // packed  # words of a column that a row fills
     shape = (8, LANES)
     word, lane = _iota(0, shape), _iota(1, shape)
     position = lane & ((BLOCK >> t) - 1)
+
+    def row(r: int) -> Any:
+        at = first + (r if packed == 1 else r % 2 * (count // 2) + r // 2)
+        return jnp.broadcast_to(rows_ref[at : at + 1, :], shape)
+
     made = []
     for start in range(0, LANES // packed, 8):
-        row = rows_ref[first + start // repeat : first + start // repeat + 1, :]
-        value = jnp.broadcast_to(row, shape)
+        value = row(start // repeat)
         for i in range(1, 8 // repeat):
-            row = rows_ref[first + start // repeat + i : first + start // repeat + i + 1, :]
-            value = jnp.where(word >= i * repeat, jnp.broadcast_to(row, shape), value)
+            value = jnp.where(word >= i * repeat, row(start // repeat + i), value)
         at = ((start + word) * packed) & ((BLOCK >> t) - 1)
         if packed == 1:
             made.append(jnp.where(position == at, value, jnp.float32(0)))
         else:
             half = jnp.where(position == at, 0xFFFF, 0) | jnp.where(position == at + 1, -0x10000, 0)
             made.append(value & half)
-    tile = jnp.concatenate(made, axis=0)
-    return tile if packed == 1 else pltpu.bitcast(tile, jnp.bfloat16)
+    return jnp.concatenate(made, axis=0)
 
 
 def _expand_intra(four: Any) -> Any:
-    """``[32, 128]``, four blocks side by side -> ``[128, 128]``, on the diagonal."""
+    """``[32, 128]``, four blocks side by side -> a tile ``[128, 128]`` with them on the diagonal.
+
+    Both as :func:`_packed` has them.
+    """
     lane = _iota(1, four.shape)
     return jnp.concatenate(
         [jnp.where(lane // BLOCK == i, four, jnp.zeros((), four.dtype)) for i in range(LANES // BLOCK)],
@@ -211,17 +256,37 @@ def _block_scale(z: Any, rule: str) -> tuple[Any, Any]:
     return amax, lax.bitcast_convert_type(jnp.maximum(field, jnp.int32(1 << 23)), jnp.float32)
 
 
+def _cut(z: Any) -> Any:
+    """Magnitudes cut off to bfloat16, not rounded: their upper half has the exponent and two mantissa bits, which
+    decide the rules 'floor' and 'even', two rows to a lane."""
+    bits = lax.bitcast_convert_type(z, jnp.int32) & jnp.int32(0x7FFF0000)
+    return lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+
+
+def _cut_scale(amax: Any, rule: str) -> Any:
+    """The scale (bfloat16, a power of two) of a largest magnitude that :func:`_cut` has cut off."""
+    amax = jnp.maximum(amax, jnp.asarray(2.0**-124, jnp.bfloat16))
+    # Both halves of a word at once. Two off the exponent first: then neither a carry nor a borrow leaves its half.
+    less = (2 << 7) - (CARRY[rule] >> 16)
+    field = (pltpu.bitcast(amax, jnp.int32) - jnp.int32(less * 0x10001)) & jnp.int32(0x7F807F80)
+    return pltpu.bitcast(field, jnp.bfloat16)
+
+
+def _half_block_scale(z: Any, rule: str) -> Any:
+    """As :func:`_block_scale`, the scale alone, in bfloat16."""
+    amax = _cut(z)
+    for step in range(5):
+        turned = pltpu.roll(pltpu.bitcast(amax, jnp.int32), 1 << step, 1)
+        amax = jnp.maximum(amax, pltpu.bitcast(turned, jnp.bfloat16))
+    return _cut_scale(amax, rule)
+
+
 def _wide_scales(parts: list[Any], rule: str) -> list[Any]:
     """Scales of up to 32 vectors' blocks, each in all lanes of its block, worked out for all vectors together.
 
     For many rows: lane rotations are what the vectors wait for, and every step of this reduction halves the vectors.
-    The upper half of a float32 holds a magnitude's exponent and its first two mantissa bits, so cut off to
-    bfloat16, not rounded, it decides the rules 'floor' and 'even', two rows to a lane.
     """
-    words = []
-    for z in parts:
-        bits = lax.bitcast_convert_type(z, jnp.int32) & jnp.int32(0x7FFF0000)
-        words.append(lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16))
+    words = [_cut(z) for z in parts]
     lane = _iota(1, (parts[0].shape[0] // 2, LANES))
     for step in (16, 8, 4, 2, 1):
         low = lane & step == 0
@@ -232,11 +297,7 @@ def _wide_scales(parts: list[Any], rule: str) -> list[Any]:
             there = jnp.where(low, pltpu.roll(a, LANES - step, 1), b)
             merged.append(jnp.maximum(pltpu.bitcast(here, jnp.bfloat16), pltpu.bitcast(there, jnp.bfloat16)))
         words = merged
-    amax = jnp.maximum(words[0], jnp.asarray(2.0**-124, jnp.bfloat16))
-    # Both halves of a word at once. Two off the exponent first: then neither a carry nor a borrow leaves its half.
-    less = (2 << 7) - (CARRY[rule] >> 16)
-    field = (pltpu.bitcast(amax, jnp.int32) - jnp.int32(less * 0x10001)) & jnp.int32(0x7F807F80)
-    scale = pltpu.bitcast(field, jnp.bfloat16)
+    scale = _cut_scale(words[0], rule)
     made = []
     for v in range(len(parts)):
         place = int(f"{v:05b}"[::-1], 2)  # the first step put the lowest bit of v highest
@@ -290,86 +351,138 @@ def _scales(parts: list[Any], stages: _Stages) -> list[Any]:
     """Scales of vectors' blocks, each in all lanes of its block."""
     rule = stages.rule
     assert rule is not None
-    # The last bit of a magnitude decides 'ceil'; few rows wait less for one matrix than for fewer rotations.
-    if rule == "ceil" or not stages.halves or parts[0].shape[0] < 64:
+    # The last bit of a magnitude decides 'ceil'.
+    if rule == "ceil" or not stages.halves:
         return _spread([_block_scale(z, rule)[1] for z in parts])
+    # Few rows wait less for one matrix than for fewer rotations.
+    if parts[0].shape[0] < 64:
+        return _spread([_half_block_scale(z, rule) for z in parts])
     return _wide_scales(parts, rule)
 
 
-class _Scratch(NamedTuple):
-    """The rotation in VMEM: rows of the stage between blocks as words, its tiles, the tiles of the other stage."""
+class _Rotation(NamedTuple):
+    """The rotation's tiles ``[128, 128]``: made once into scratch, or as they are asked for where they are used once.
 
+    rows: the stage between blocks as :func:`_double_rows` writes it. tiles, own: both stages' tiles, or None.
+    """
+
+    stages: _Stages
+    inter: Any
+    intra: Any
     rows: Any
     tiles: Any
     own: Any
 
+    def prepare(self) -> None:
+        """What the tiles are made of, or the tiles, into the scratch."""
+        if self.inter is not None and self.rows is not None:
+            for index in range(self.inter.shape[0] * self.inter.shape[1]):
+                words = self.inter[divmod(index, self.inter.shape[1])]
+                _double_rows(words, self.rows, index * self._count)
+        if self.tiles is not None:
+            for index in range(self.tiles.shape[0]):
+                self.tiles[index] = self._inter_tile(index)
+        if self.own is not None:
+            for index in range(self.own.shape[0]):
+                self.own[index] = self._intra_tile(index)
 
-def _take_scratch(stages: _Stages, given: Iterator[Any]) -> _Scratch:
+    @property
+    def _count(self) -> int:
+        return self.inter.shape[2] * (2 if self.inter.dtype == jnp.int32 else 1)
+
+    def _inter_tile(self, index: int) -> Any:
+        if self.stages.inter == 5:  # all rows of a tile differ
+            return self.inter[divmod(index, self.inter.shape[1])]
+        return _expand_inter(self.rows, index * self._count, self._count, self.stages.inter or 0)
+
+    def _intra_tile(self, index: int) -> Any:
+        return _expand_intra(self.intra[:, index * LANES : (index + 1) * LANES])
+
+    def between(self, vector: int) -> Any:
+        """The tile that mixes a vector's blocks, after the exchange."""
+        index = vector >> (self.stages.inter or 0) if self.stages.shared else vector
+        return _unpacked(self._inter_tile(index) if self.tiles is None else self.tiles[index])
+
+    def inside(self, vector: int) -> Any:
+        """The tile that mixes positions inside a vector's blocks."""
+        index = 0 if self.stages.intra == "one" else vector
+        return _unpacked(self._intra_tile(index) if self.own is None else self.own[index])
+
+
+def _take_rotation(stages: _Stages, inter: Any, intra: Any, given: Iterator[Any], once: bool) -> _Rotation:
     """The references of :func:`_rotation_scratch`, in its order."""
-    rows, tiles = (next(given), next(given)) if stages.inter is not None else (None, None)
-    return _Scratch(rows, tiles, next(given) if stages.intra is not None else None)
-
-
-def _expand(stages: _Stages, vectors: int, inter_ref: Any, intra_ref: Any, scratch: _Scratch) -> None:
-    """All tiles of the rotation, into VMEM."""
+    rows = tiles = own = None
     if stages.inter is not None:
-        t, count, dtype = stages.inter, inter_ref.shape[2], inter_ref.dtype
-        for tile in range(inter_ref.shape[0] * inter_ref.shape[1]):
-            rows = inter_ref[divmod(tile, inter_ref.shape[1])]
-            if t == 5:
-                scratch.tiles[tile] = rows
-                continue
-            if dtype == jnp.bfloat16:
-                bits = lax.bitcast_convert_type(rows.astype(jnp.float32), jnp.int32)
-                rows = bits | lax.shift_right_logical(bits, jnp.int32(16))
-            scratch.rows[tile * count : (tile + 1) * count, :] = rows
-            scratch.tiles[tile] = _expand_inter(scratch.rows, tile * count, t, dtype)
+        rows = next(given) if stages.inter < 5 else None
+        tiles = None if once else next(given)
     if stages.intra is not None:
-        for v in range(1 if stages.intra == "one" else vectors):
-            scratch.own[v] = _expand_intra(intra_ref[:, v * LANES : (v + 1) * LANES])
+        own = None if once else next(given)
+    return _Rotation(stages, inter, intra, rows, tiles, own)
 
 
-def _rotated(stages: _Stages, x_ref: Any, rows: Any, units: range, scratch: _Scratch) -> list[Any]:
+def _rotated(x_ref: Any, rows: Any, units: range, rotation: _Rotation) -> list[Any]:
     """Rows of some units' vectors after both stages, float32 or as they came.
 
     Step by step for all vectors, so that each waits for its own lane rotations and products only.
     """
+    stages = rotation.stages
     t = stages.inter or 0
     vectors = range(units.start << t, units.stop << t)
     parts = [x_ref[rows, v * LANES : (v + 1) * LANES] for v in vectors]
     dtype = parts[0].dtype
     if stages.inter is not None:
-        tile = (lambda v: v >> t) if stages.shared else (lambda v: v)
         parts = _exchange(parts, t)
-        parts = [_dot(p, scratch.tiles[tile(v)]) for v, p in zip(vectors, parts, strict=True)]
+        parts = _each_dot(parts, [rotation.between(v) for v in vectors])
         if stages.intra is not None:
             parts = [p.astype(dtype) for p in parts]
         parts = _exchange(parts, t)
     if stages.intra is not None:
-        parts = [
-            _dot(p, scratch.own[0 if stages.intra == "one" else v])
-            for v, p in zip(vectors, parts, strict=True)
-        ]
+        parts = _each_dot(parts, [rotation.inside(v) for v in vectors])
     return parts
 
 
-def _prologue(stages: _Stages, x_ref: Any, out_ref: Any, scratch: _Scratch, count: int, step: int) -> None:
-    """Rotate and round ``count`` rows into ``out_ref``."""
+def _each_dot(parts: list[Any], tiles: list[Any]) -> list[Any]:
+    """Products of each vector with its tile, summed in float32.
+
+    A matrix unit takes 256 columns in the time of 128. Few rows wait for the tiles, not for the rows: two of both go
+    together, and half of the result is left.
+    """
+    rows = parts[0].shape[0]
+    if rows > _PAIRED_ROWS:
+        return [_dot(p, t) for p, t in zip(parts, tiles, strict=True)]
+    made = []
+    for i in range(0, len(parts) - 1, 2):
+        both = _dot(jnp.concatenate(parts[i : i + 2], axis=0), jnp.concatenate(tiles[i : i + 2], axis=1))
+        made += [both[:rows, :LANES], both[rows:, LANES:]]
+    return made + [_dot(p, t) for p, t in zip(parts[len(made) :], tiles[len(made) :], strict=True)]
+
+
+def _prologue(x_ref: Any, out_ref: Any, rotation: _Rotation, count: int, step: int) -> None:
+    """Rotate and round ``count`` rows into ``out_ref``, :func:`_packed`."""
+    stages = rotation.stages
     vectors = x_ref.shape[1] // LANES
     units = vectors >> (stages.inter or 0)
-    together = max(1, _TOGETHER >> (stages.inter or 0))
+    # Few rows leave the units idle while they wait for each other: the more vectors at once, the less.
+    together = units if count <= _PAIRED_ROWS else max(1, _TOGETHER >> (stages.inter or 0))
+    dtype = jnp.float32 if out_ref.dtype == jnp.float32 else jnp.bfloat16
+    fewer = count // out_ref.shape[0]  # rows of a word
 
     def body(i: Any, carry: Any) -> Any:
         rows = pl.ds(pl.multiple_of(i * step, step), step) if count > step else slice(0, count)
+        to = (
+            pl.ds(pl.multiple_of(i * (step // fewer), step // fewer), step // fewer)
+            if count > step
+            else slice(0, count // fewer)
+        )
         for first in range(0, units, together):
             some = range(first, min(units, first + together))
-            parts = _rotated(stages, x_ref, rows, some, scratch)
+            parts = _rotated(x_ref, rows, some, rotation)
             if stages.rule is not None:
                 parts = [z.astype(jnp.float32) for z in parts]
                 wide = _scales(parts, stages)
                 parts = [_round(z, s, stages.rule) for z, s in zip(parts, wide, strict=True)]
             for v, z in enumerate(parts, first << (stages.inter or 0)):
-                out_ref[rows, v * LANES : (v + 1) * LANES] = z.astype(out_ref.dtype)
+                out_ref[to, v * LANES : (v + 1) * LANES] = _packed(z.astype(dtype))
         return carry
 
     if count > step:
@@ -415,40 +528,83 @@ def _spread_exponents(exponents: Any) -> Any:
     return pltpu.bitcast(exponents, jnp.int8).astype(jnp.int32) * jnp.int32(0x01010101)
 
 
-def _kernel(*refs: Any, stages: _Stages, kind: str, step: int, resident: bool, out_dtype: Any) -> None:
-    """One tile of the weight; in the first of a row of tiles the activations are made ready, too."""
+def _few_rows_kernel(
+    *refs: Any, stages: _Stages, kind: str, step: int, columns: int, held: int, out_dtype: Any
+) -> None:
+    """All rows at once: copies of the weight's first tiles start, then the activations are made ready meanwhile."""
+    given = iter(refs)
+    x_ref, words_hbm, exponents_hbm, f_ref = (next(given) for _ in range(4))
+    inter_ref = next(given) if stages.inter is not None else None
+    intra_ref = next(given) if stages.intra is not None else None
+    out_ref, words_ref, exponents_ref, semaphores, scale_ref = (next(given) for _ in range(5))
+    ready_ref = next(given) if stages.any else x_ref
+    once = x_ref.shape[0] <= step
+    rotation = _take_rotation(stages, inter_ref, intra_ref, given, once)
+    size, width = x_ref.shape[1], out_ref.shape[1]
+    count = pl.cdiv(width, columns)
+
+    def place(i: Any) -> Any:
+        """Columns of a tile; the last one reaches back, so that all are of one size."""
+        return pl.ds(pl.multiple_of(jnp.minimum(i * columns, width - columns), LANES), columns)
+
+    def copies(i: Any, slot: Any) -> list[Any]:
+        return [
+            pltpu.make_async_copy(hbm.at[:, place(i)], vmem.at[slot], semaphores.at[which, slot])
+            for which, (hbm, vmem) in enumerate([(words_hbm, words_ref), (exponents_hbm, exponents_ref)])
+        ]
+
+    def start(i: Any, slot: Any) -> None:
+        for copy in copies(i, slot):
+            copy.start()
+
+    for i in range(min(held, count)):
+        start(i, i)
+    if stages.any:
+        rotation.prepare()
+        _prologue(x_ref, ready_ref, rotation, x_ref.shape[0], step)
+
+    def body(i: Any, carry: Any) -> Any:
+        slot = i if held >= count else lax.rem(i, held)
+        for copy in copies(i, slot):
+            copy.wait()
+        scale_ref[...] = _spread_exponents(exponents_ref[slot])
+        total = jnp.zeros((x_ref.shape[0], columns), jnp.float32)
+        for first in range(0, size, _CHUNK):
+            rows = slice(first, min(first + _CHUNK, size))
+            weight = _decode_rows(words_ref.at[slot], scale_ref, rows.start, rows.stop - rows.start, kind)
+            total += _multiply(_unpacked(ready_ref[:, rows]), weight)
+        out_ref[:, place(i)] = (total * f_ref[:, place(i)]).astype(out_dtype)
+        if held < count:
+            pl.when(i + held < count)(functools.partial(start, i + held, slot))
+        return carry
+
+    lax.fori_loop(0, count, body, 0)
+
+
+def _many_rows_kernel(*refs: Any, stages: _Stages, kind: str, step: int, out_dtype: Any) -> None:
+    """One tile of rows and one of the weight; in the first of a row of tiles the activations are made ready, too."""
     given = iter(refs)
     x_ref, w_ref, e_ref, f_ref = (next(given) for _ in range(4))
     inter_ref = next(given) if stages.inter is not None else None
     intra_ref = next(given) if stages.intra is not None else None
-    out_ref, scale_ref = next(given), next(given)
-    weight_ref = next(given) if resident else None
+    out_ref, scale_ref, weight_ref = (next(given) for _ in range(3))
     ready_ref = next(given) if stages.any else x_ref
-    scratch = _take_scratch(stages, given)
+    rotation = _take_rotation(stages, inter_ref, intra_ref, given, False)
     size = x_ref.shape[1]
-
-    def multiply() -> None:
-        scale_ref[...] = _spread_exponents(e_ref[...])
-        total = jnp.zeros(out_ref.shape, jnp.float32)
-        for first in range(0, size, _CHUNK):
-            rows = slice(first, min(first + _CHUNK, size))
-            weight = _decode_rows(w_ref, scale_ref, rows.start, rows.stop - rows.start, kind)
-            if weight_ref is None:
-                total += _multiply(ready_ref[:, rows], weight)
-            else:
-                weight_ref[rows, :] = weight
-        if weight_ref is not None:
-            total = _multiply(ready_ref[...], weight_ref[...])
-        out_ref[...] = (total * f_ref[...]).astype(out_dtype)
 
     if stages.any:
 
         @pl.when(pl.program_id(1) == 0)
         def _() -> None:
-            _expand(stages, size // LANES, inter_ref, intra_ref, scratch)
-            _prologue(stages, x_ref, ready_ref, scratch, x_ref.shape[0], step)
+            rotation.prepare()
+            _prologue(x_ref, ready_ref, rotation, x_ref.shape[0], step)
 
-    multiply()
+    scale_ref[...] = _spread_exponents(e_ref[...])
+    for first in range(0, size, _CHUNK):
+        rows = slice(first, min(first + _CHUNK, size))
+        weight_ref[rows, :] = _decode_rows(w_ref, scale_ref, rows.start, rows.stop - rows.start, kind)
+    total = _multiply(_unpacked(ready_ref[...]), weight_ref[...])
+    out_ref[...] = (total * f_ref[...]).astype(out_dtype)
 
 
 def _multiply(x: Any, weight: Any) -> Any:
@@ -495,14 +651,45 @@ def rotate_quantize_matmul(
     if more or full > size:
         x = jnp.pad(x, ((0, more), (0, full - size)))
     column_tile = min(tiles.columns, columns)
-    matrices = [matrix for matrix in rotation if matrix is not None]
-    prepared = [pltpu.VMEM((row_tile, full), jnp.bfloat16 if rule else x.dtype)] if stages.any else []
-    prepared += _rotation_scratch(rotation, stages, full)
-    resident = row_tile > RESIDENT_ROWS
-    decoded = [pltpu.VMEM((full, column_tile), jnp.float8_e5m2)] if resident else []
+    operands = [x, *weight, *(matrix for matrix in rotation if matrix is not None)]
+    if not interpret:
+        # XLA may move operands to VMEM before the call, from where the kernel would copy them once more.
+        operands = [pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in operands]
+    matrices = operands[4:]
+    few = x.shape[0] == row_tile <= RESIDENT_ROWS
+    prepared = []
+    if stages.any:
+        wide = x.dtype == jnp.float32 and rule is None
+        prepared = [pltpu.VMEM((row_tile, full), jnp.float32) if wide else _words(row_tile, full)]
+        prepared += _rotation_scratch(rotation, stages, full, few and row_tile <= step)
+    common: dict[str, Any] = {"stages": stages, "kind": kind, "step": step, "out_dtype": x.dtype}
+    spread = pltpu.VMEM((full // BLOCK, column_tile), jnp.int32)
+    shape = jax.ShapeDtypeStruct((x.shape[0], columns), x.dtype)
+    if few:
+        held = min(tiles.held, pl.cdiv(columns, column_tile))
+        kernel: Any = functools.partial(_few_rows_kernel, columns=column_tile, held=held, **common)
+        in_hbm = [pl.BlockSpec(memory_space=pltpu.HBM)] * 2
+        in_vmem = pl.BlockSpec(memory_space=pltpu.VMEM)
+        y = pl.pallas_call(
+            kernel,
+            out_shape=shape,
+            in_specs=[in_vmem, *in_hbm, in_vmem, *(in_vmem for _ in matrices)],
+            out_specs=in_vmem,
+            scratch_shapes=[
+                pltpu.VMEM((held, full // 8, column_tile), jnp.int32),
+                pltpu.VMEM((held, full // BLOCK, column_tile), jnp.uint8),
+                pltpu.SemaphoreType.DMA((2, held)),
+                spread,
+                *prepared,
+            ],
+            compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem_limit),
+            interpret=interpret,
+            name=name,
+        )(*operands)
+        return y[:rows]
     y = pl.pallas_call(
-        functools.partial(_kernel, stages=stages, kind=kind, step=step, resident=resident, out_dtype=x.dtype),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], columns), x.dtype),
+        functools.partial(_many_rows_kernel, **common),
+        out_shape=shape,
         grid=(x.shape[0] // row_tile, pl.cdiv(columns, column_tile)),
         in_specs=[
             pl.BlockSpec((row_tile, full), lambda m, n: (m, 0)),
@@ -512,13 +699,13 @@ def rotate_quantize_matmul(
             *(_whole(a.shape, 2) for a in matrices),
         ],
         out_specs=pl.BlockSpec((row_tile, column_tile), lambda m, n: (m, n)),
-        scratch_shapes=[pltpu.VMEM((full // BLOCK, column_tile), jnp.int32), *decoded, *prepared],
+        scratch_shapes=[spread, pltpu.VMEM((full, column_tile), jnp.float8_e5m2), *prepared],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit
         ),
         interpret=interpret,
         name=name,
-    )(x, *weight, *matrices)
+    )(*operands)
     return y[:rows]
 
 
@@ -545,8 +732,9 @@ def _check(x: Any, full: int, rotation: TPURotation, rule: str | None, halves: b
     if rule is not None and rule not in RULES:
         raise ValueError(f"scale rule {rule!r} cannot run in one pass: must be one of {', '.join(RULES)}")
     for matrix in rotation:
-        if matrix is not None and matrix.dtype != x.dtype:
-            raise ValueError(f"activations are {x.dtype}, the rotation was prepared for {matrix.dtype}")
+        if matrix is not None and (matrix.dtype == jnp.float32) != (x.dtype == jnp.float32):
+            prepared = "float32" if matrix.dtype == jnp.float32 else "bfloat16"
+            raise ValueError(f"activations are {x.dtype}, the rotation was prepared for {prepared}")
     t, shared = None, False
     if rotation.inter is not None:
         units = rotation.inter.shape[0]
@@ -562,17 +750,30 @@ def _check(x: Any, full: int, rotation: TPURotation, rule: str | None, halves: b
     return _Stages(t, shared, own, rule, halves)
 
 
-def _rotation_scratch(rotation: TPURotation, stages: _Stages, full: int) -> list[Any]:
-    made = []
+def _words(*shape: int) -> Any:
+    """Scratch for bfloat16 ``shape`` as :func:`_packed` has it."""
+    return pltpu.VMEM((*shape[:-2], shape[-2] // 2, shape[-1]), jnp.int32)
+
+
+def _rotation_scratch(rotation: TPURotation, stages: _Stages, full: int, once: bool) -> list[Any]:
+    """For :class:`_Rotation`; ``once`` leaves the tiles out."""
+    made: list[Any] = []
     if rotation.inter is not None:
         units, each, rows, _ = rotation.inter.shape
-        word = jnp.int32 if rotation.inter.dtype == jnp.bfloat16 else jnp.float32
-        made.append(pltpu.VMEM((units * each * rows, LANES), word))
-        made.append(pltpu.VMEM((units * each, LANES, LANES), rotation.inter.dtype))
-    if rotation.intra is not None:
-        count = 1 if stages.intra == "one" else full // LANES
-        made.append(pltpu.VMEM((count, LANES, LANES), rotation.intra.dtype))
+        rows *= 1 if rotation.inter.dtype == jnp.float32 else 2
+        if stages.inter != 5:
+            made.append(pltpu.VMEM((units * each * rows, LANES), rotation.inter.dtype))
+        if not once:
+            made.append(_tiles_scratch(units * each, rotation.inter))
+    if rotation.intra is not None and not once:
+        made.append(_tiles_scratch(1 if stages.intra == "one" else full // LANES, rotation.intra))
     return made
+
+
+def _tiles_scratch(count: int, matrix: Any) -> Any:
+    if matrix.dtype == jnp.float32:
+        return pltpu.VMEM((count, LANES, LANES), jnp.float32)
+    return _words(count, LANES, LANES)
 
 
 def _codes_kernel(*refs: Any, stages: _Stages) -> None:
@@ -581,14 +782,14 @@ def _codes_kernel(*refs: Any, stages: _Stages) -> None:
     inter_ref = next(given) if stages.inter is not None else None
     intra_ref = next(given) if stages.intra is not None else None
     codes_ref, scales_ref = next(given), next(given)
-    scratch = _take_scratch(stages, given)
+    rotation = _take_rotation(stages, inter_ref, intra_ref, given, True)
     vectors = x_ref.shape[1] // LANES
-    _expand(stages, vectors, inter_ref, intra_ref, scratch)
+    rotation.prepare()
     t = stages.inter or 0
     rule = stages.rule
     assert rule is not None
     row, lane = _iota(0), _iota(1)
-    parts = _rotated(stages, x_ref, slice(None), range(vectors >> t), scratch)
+    parts = _rotated(x_ref, slice(None), range(vectors >> t), rotation)
     parts = [z.astype(jnp.float32) for z in parts]
     found = [_block_scale(z, rule) for z in parts]
     spread = _spread([scale for _, scale in found])
@@ -651,7 +852,7 @@ def rotate_quantize(
             pl.BlockSpec((row_tile, code_lanes), lambda m: (m, 0)),
             pl.BlockSpec((row_tile, scale_lanes), lambda m: (m, 0)),
         ),
-        scratch_shapes=_rotation_scratch(rotation, stages, full),
+        scratch_shapes=_rotation_scratch(rotation, stages, full, True),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=vmem_limit),
         interpret=interpret,
         name=name,
