@@ -531,12 +531,16 @@ def _spread_exponents(exponents: Any) -> Any:
 def _few_rows_kernel(
     *refs: Any, stages: _Stages, kind: str, step: int, columns: int, held: int, out_dtype: Any
 ) -> None:
-    """All rows at once: copies of the weight's first tiles start, then the activations are made ready meanwhile."""
+    """All rows at once: copies start for everything that fits, then the activations are made ready meanwhile."""
     given = iter(refs)
-    x_ref, words_hbm, exponents_hbm, f_ref = (next(given) for _ in range(4))
-    inter_ref = next(given) if stages.inter is not None else None
-    intra_ref = next(given) if stages.intra is not None else None
-    out_ref, words_ref, exponents_ref, semaphores, scale_ref = (next(given) for _ in range(5))
+    x_ref, words_hbm, exponents_hbm = (next(given) for _ in range(3))
+    small_hbm = [next(given) for _ in range(1 + (stages.inter is not None) + (stages.intra is not None))]
+    out_ref = next(given)
+    small = [next(given) for _ in small_hbm]
+    arrived, words_ref, exponents_ref, semaphores, scale_ref = (next(given) for _ in range(5))
+    f_ref = small[0]
+    inter_ref = small[1] if stages.inter is not None else None
+    intra_ref = small[-1] if stages.intra is not None else None
     ready_ref = next(given) if stages.any else x_ref
     once = x_ref.shape[0] <= step
     rotation = _take_rotation(stages, inter_ref, intra_ref, given, once)
@@ -557,8 +561,16 @@ def _few_rows_kernel(
         for copy in copies(i, slot):
             copy.start()
 
+    first_needed = [
+        pltpu.make_async_copy(hbm, vmem, arrived.at[i])
+        for i, (hbm, vmem) in enumerate(zip(small_hbm, small, strict=True))
+    ]
+    for copy in first_needed:
+        copy.start()
     for i in range(min(held, count)):
         start(i, i)
+    for copy in first_needed:
+        copy.wait()
     if stages.any:
         rotation.prepare()
         _prologue(x_ref, ready_ref, rotation, x_ref.shape[0], step)
@@ -651,11 +663,11 @@ def rotate_quantize_matmul(
     if more or full > size:
         x = jnp.pad(x, ((0, more), (0, full - size)))
     column_tile = min(tiles.columns, columns)
-    operands = [x, *weight, *(matrix for matrix in rotation if matrix is not None)]
+    operands = [*weight, *(matrix for matrix in rotation if matrix is not None)]
     if not interpret:
         # XLA may move operands to VMEM before the call, from where the kernel would copy them once more.
         operands = [pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in operands]
-    matrices = operands[4:]
+    matrices = operands[3:]
     few = x.shape[0] == row_tile <= RESIDENT_ROWS
     prepared = []
     if stages.any:
@@ -668,14 +680,16 @@ def rotate_quantize_matmul(
     if few:
         held = min(tiles.held, pl.cdiv(columns, column_tile))
         kernel: Any = functools.partial(_few_rows_kernel, columns=column_tile, held=held, **common)
-        in_hbm = [pl.BlockSpec(memory_space=pltpu.HBM)] * 2
+        small = operands[2:]
         in_vmem = pl.BlockSpec(memory_space=pltpu.VMEM)
         y = pl.pallas_call(
             kernel,
             out_shape=shape,
-            in_specs=[in_vmem, *in_hbm, in_vmem, *(in_vmem for _ in matrices)],
+            in_specs=[in_vmem, *[pl.BlockSpec(memory_space=pltpu.HBM)] * len(operands)],
             out_specs=in_vmem,
             scratch_shapes=[
+                *(pltpu.VMEM(a.shape, a.dtype) for a in small),
+                pltpu.SemaphoreType.DMA((len(small),)),
                 pltpu.VMEM((held, full // 8, column_tile), jnp.int32),
                 pltpu.VMEM((held, full // BLOCK, column_tile), jnp.uint8),
                 pltpu.SemaphoreType.DMA((2, held)),
@@ -685,7 +699,7 @@ def rotate_quantize_matmul(
             compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem_limit),
             interpret=interpret,
             name=name,
-        )(*operands)
+        )(x, *operands)
         return y[:rows]
     y = pl.pallas_call(
         functools.partial(_many_rows_kernel, **common),
@@ -705,7 +719,7 @@ def rotate_quantize_matmul(
         ),
         interpret=interpret,
         name=name,
-    )(*operands)
+    )(x, *operands)
     return y[:rows]
 
 
