@@ -533,7 +533,7 @@ def _few_rows_kernel(
 ) -> None:
     """All rows at once: copies start for everything that fits, then the activations are made ready meanwhile."""
     given = iter(refs)
-    x_ref, words_hbm, exponents_hbm = (next(given) for _ in range(3))
+    layer_ref, x_ref, words_hbm, exponents_hbm = (next(given) for _ in range(4))
     small_hbm = [next(given) for _ in range(1 + (stages.inter is not None) + (stages.intra is not None))]
     out_ref = next(given)
     small = [next(given) for _ in small_hbm]
@@ -545,7 +545,7 @@ def _few_rows_kernel(
     once = x_ref.shape[0] <= step
     rotation = _take_rotation(stages, inter_ref, intra_ref, given, once)
     size, width = x_ref.shape[1], out_ref.shape[1]
-    count = pl.cdiv(width, columns)
+    count, layer = pl.cdiv(width, columns), layer_ref[0]
 
     def place(i: Any) -> Any:
         """Columns of a tile; the last one reaches back, so that all are of one size."""
@@ -553,7 +553,7 @@ def _few_rows_kernel(
 
     def copies(i: Any, slot: Any) -> list[Any]:
         return [
-            pltpu.make_async_copy(hbm.at[:, place(i)], vmem.at[slot], semaphores.at[which, slot])
+            pltpu.make_async_copy(hbm.at[layer, :, place(i)], vmem.at[slot], semaphores.at[which, slot])
             for which, (hbm, vmem) in enumerate([(words_hbm, words_ref), (exponents_hbm, exponents_ref)])
         ]
 
@@ -562,7 +562,7 @@ def _few_rows_kernel(
             copy.start()
 
     first_needed = [
-        pltpu.make_async_copy(hbm, vmem, arrived.at[i])
+        pltpu.make_async_copy(hbm.at[layer], vmem, arrived.at[i])
         for i, (hbm, vmem) in enumerate(zip(small_hbm, small, strict=True))
     ]
     for copy in first_needed:
@@ -595,7 +595,7 @@ def _few_rows_kernel(
 
 def _many_rows_kernel(*refs: Any, stages: _Stages, kind: str, step: int, out_dtype: Any) -> None:
     """One tile of rows and one of the weight; in the first of a row of tiles the activations are made ready, too."""
-    given = iter(refs)
+    given = iter(refs[1:])  # the first is the layer, which the blocks have been chosen by
     x_ref, w_ref, e_ref, f_ref = (next(given) for _ in range(4))
     inter_ref = next(given) if stages.inter is not None else None
     intra_ref = next(given) if stages.intra is not None else None
@@ -635,6 +635,7 @@ def rotate_quantize_matmul(
     rule: Rule | None,
     tiles: Tiles,
     kind: Kind = "bytes",
+    layer: Any = None,
     interpret: Any = False,
     vmem_limit: int | None = None,
     name: str = "torq_matmul",
@@ -648,6 +649,8 @@ def rotate_quantize_matmul(
       rule: scale rule of the activations; None leaves them in float (W4A16).
       tiles: sizes to work in, from :mod:`pallas_kernels.tiles`.
       kind: layout of ``weight``.
+      layer: None, or the index into arrays of ``weight`` and ``rotation`` that are stacked along a leading axis. A
+        slice taken outside would be copied: XLA cannot fuse one into a kernel.
       interpret: as in ``pl.pallas_call``.
       vmem_limit: bytes of VMEM the compiler may use; None for its default.
 
@@ -656,14 +659,18 @@ def rotate_quantize_matmul(
       whose largest magnitude is below 2**-124 are rounded on a grid up to twice too coarse, or to zero.
     """
     rows, size = x.shape
-    full, columns = weight.words.shape[0] * 8, weight.words.shape[1]
-    stages = _check(x, full, rotation, rule, tiles.halves)
+    one = jax.tree.map(lambda a: a if layer is None else jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rotation)
+    full, columns = weight.words.shape[-2] * 8, weight.words.shape[-1]
+    stages = _check(x, full, one, rule, tiles.halves)
     row_tile, step = _row_sizes(rows, tiles)
     more = -(-rows // row_tile) * row_tile - rows
     if more or full > size:
         x = jnp.pad(x, ((0, more), (0, full - size)))
     column_tile = min(tiles.columns, columns)
     operands = [*weight, *(matrix for matrix in rotation if matrix is not None)]
+    if layer is None:
+        layer, operands = 0, [a[None] for a in operands]
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
     if not interpret:
         # XLA may move operands to VMEM before the call, from where the kernel would copy them once more.
         operands = [pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in operands]
@@ -673,7 +680,7 @@ def rotate_quantize_matmul(
     if stages.any:
         wide = x.dtype == jnp.float32 and rule is None
         prepared = [pltpu.VMEM((row_tile, full), jnp.float32) if wide else _words(row_tile, full)]
-        prepared += _rotation_scratch(rotation, stages, full, few and row_tile <= step)
+        prepared += _rotation_scratch(one, stages, full, few and row_tile <= step)
     common: dict[str, Any] = {"stages": stages, "kind": kind, "step": step, "out_dtype": x.dtype}
     spread = pltpu.VMEM((full // BLOCK, column_tile), jnp.int32)
     shape = jax.ShapeDtypeStruct((x.shape[0], columns), x.dtype)
@@ -685,10 +692,14 @@ def rotate_quantize_matmul(
         y = pl.pallas_call(
             kernel,
             out_shape=shape,
-            in_specs=[in_vmem, *[pl.BlockSpec(memory_space=pltpu.HBM)] * len(operands)],
+            in_specs=[
+                pl.BlockSpec(memory_space=pltpu.SMEM),
+                in_vmem,
+                *[pl.BlockSpec(memory_space=pltpu.HBM)] * len(operands),
+            ],
             out_specs=in_vmem,
             scratch_shapes=[
-                *(pltpu.VMEM(a.shape, a.dtype) for a in small),
+                *(pltpu.VMEM(a.shape[1:], a.dtype) for a in small),
                 pltpu.SemaphoreType.DMA((len(small),)),
                 pltpu.VMEM((held, full // 8, column_tile), jnp.int32),
                 pltpu.VMEM((held, full // BLOCK, column_tile), jnp.uint8),
@@ -699,35 +710,41 @@ def rotate_quantize_matmul(
             compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem_limit),
             interpret=interpret,
             name=name,
-        )(x, *operands)
+        )(layer, x, *operands)
         return y[:rows]
+    whole = [_whole(a.shape[1:], lambda m, n, layer: layer[0]) for a in matrices]
     y = pl.pallas_call(
         functools.partial(_many_rows_kernel, **common),
         out_shape=shape,
-        grid=(x.shape[0] // row_tile, pl.cdiv(columns, column_tile)),
-        in_specs=[
-            pl.BlockSpec((row_tile, full), lambda m, n: (m, 0)),
-            pl.BlockSpec((full // 8, column_tile), lambda m, n: (0, n)),
-            pl.BlockSpec((full // BLOCK, column_tile), lambda m, n: (0, n)),
-            pl.BlockSpec((1, column_tile), lambda m, n: (0, n)),
-            *(_whole(a.shape, 2) for a in matrices),
-        ],
-        out_specs=pl.BlockSpec((row_tile, column_tile), lambda m, n: (m, n)),
-        scratch_shapes=[spread, pltpu.VMEM((full, column_tile), jnp.float8_e5m2), *prepared],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(x.shape[0] // row_tile, pl.cdiv(columns, column_tile)),
+            in_specs=[
+                pl.BlockSpec((row_tile, full), lambda m, n, layer: (m, 0)),
+                *(
+                    pl.BlockSpec((None, size, column_tile), lambda m, n, layer: (layer[0], 0, n))
+                    for size in (full // 8, full // BLOCK, 1)
+                ),
+                *whole,
+            ],
+            out_specs=pl.BlockSpec((row_tile, column_tile), lambda m, n, layer: (m, n)),
+            scratch_shapes=[spread, pltpu.VMEM((full, column_tile), jnp.float8_e5m2), *prepared],
+        ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit
         ),
         interpret=interpret,
         name=name,
-    )(x, *operands)
+    )(layer, x, *operands)
     return y[:rows]
 
 
-def _whole(shape: tuple[int, ...], axes: int) -> pl.BlockSpec:
-    """All of an array, in every step of a grid."""
-    return pl.BlockSpec(
-        shape, (lambda m: (0,) * len(shape)) if axes == 1 else (lambda m, n: (0,) * len(shape))
-    )
+def _whole(shape: tuple[int, ...], layer: Any = None) -> pl.BlockSpec:
+    """All of an array, or of one layer of a stack, in every step of a grid."""
+    zeros = (0,) * len(shape)
+    if layer is None:
+        return pl.BlockSpec(shape, lambda *_: zeros)
+    return pl.BlockSpec((None, *shape), lambda *at: (layer(*at), *zeros))
 
 
 def _row_sizes(rows: int, tiles: Tiles) -> tuple[int, int]:
@@ -860,7 +877,7 @@ def rotate_quantize(
         grid=(x.shape[0] // row_tile,),
         in_specs=[
             pl.BlockSpec((row_tile, full), lambda m: (m, 0)),
-            *(_whole(a.shape, 1) for a in matrices),
+            *(_whole(a.shape) for a in matrices),
         ],
         out_specs=(
             pl.BlockSpec((row_tile, code_lanes), lambda m: (m, 0)),

@@ -88,6 +88,23 @@ def check_exact(m, k, n, inter, intra, rule, dtype, kind, rows, interpret):
     assert bool((jnp.abs(y.astype(F32) - want) <= bound * (1 + 2**-6)).all())
 
 
+@pytest.mark.parametrize("m, rows", [(5, 64), (150, 256)])
+def test_a_layer_of_a_stack_is_that_layer(m, rows):
+    cases = [exact_case(m, 256, 200, (32, 2, 4, 4), (8, 32, 32), BF16, seed) for seed in range(3)]
+    rotations = [tpu.prepare_rotation(inter, intra, 256) for _, inter, intra, _ in cases]
+    weights = [layout.to_tpu(w.codes, w.scales) for *_, w in cases]
+    stack = lambda each: jax.tree.map(lambda *a: jnp.stack(a), *each)  # noqa: E731
+    tiles = tpu.Tiles(rows, 128, 64 if rows > 64 else 32)
+    x = cases[0][0]
+    for layer in (0, 2):
+        given = {"rule": "even", "tiles": tiles, "interpret": True}
+        got = tpu.rotate_quantize_matmul(
+            x, stack(weights), stack(rotations), layer=jnp.int32(layer), **given
+        )
+        want = tpu.rotate_quantize_matmul(x, weights[layer], rotations[layer], **given)
+        np.testing.assert_array_equal(got, want)
+
+
 def test_random_data_differs_at_rounding_boundaries_only():
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (33, 512), BF16)
