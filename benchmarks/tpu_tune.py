@@ -72,7 +72,7 @@ def candidates(generation: str, rows: int, k: int, n: int) -> Iterator[tuple[int
         if rows > tpu.RESIDENT_ROWS and (each.rotated < 128 or each.rows <= tpu.RESIDENT_ROWS):
             continue
         needed = tiles.vmem_bytes(each, rows, k, n, rotation=rotation)
-        if needed <= tiles.GENERATIONS[generation].vmem:
+        if needed <= tiles.limit(generation, rows, each):
             yield each[:3]
 
 

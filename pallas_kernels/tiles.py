@@ -18,7 +18,12 @@ class Generation(NamedTuple):
     """A TPU core: what the kernels may use of it, and what bounds them."""
 
     vmem: int
-    """Bytes of VMEM that a kernel may take."""
+    """Bytes of VMEM that a kernel may take for few rows."""
+    grid_vmem: int
+    """The same for many, where XLA puts the activations, too, into VMEM."""
+    apart: bool
+    """Whether few rows of activations have to stay out of VMEM until the kernel copies them: XLA for tpu7x counts what
+    it holds there on top of what it lets the kernel take, and refuses a program of little else."""
     kind: Kind
     """Layout of a weight that decodes fastest."""
     halves: bool
@@ -32,9 +37,10 @@ class Generation(NamedTuple):
 
 
 GENERATIONS: dict[str, Generation] = {
-    "v5e": Generation(100 * MIB, "bytes", False, 1.5e9, 819e9, 65536),
-    "v6e": Generation(100 * MIB, "bytes", True, 1.75e9, 1638e9, 262144),
-    "tpu7x": Generation(44 * MIB, "float4", True, 2.2e9, 3686e9, 262144),  # one of a chip's two cores
+    "v5e": Generation(100 * MIB, 100 * MIB, False, "bytes", False, 1.5e9, 819e9, 65536),
+    "v6e": Generation(100 * MIB, 100 * MIB, False, "bytes", True, 1.75e9, 1638e9, 262144),
+    # One of a chip's two cores.
+    "tpu7x": Generation(44 * MIB, 31 * MIB, True, "float4", True, 2.2e9, 3686e9, 262144),
 }
 
 _KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"}
@@ -52,7 +58,19 @@ class Entry(NamedTuple):
 
 def tpu_tiles(entry: Entry) -> Tiles:
     """An entry of the table as the kernels take it."""
-    return Tiles(*entry.tiles, halves=GENERATIONS[entry.generation].halves)
+    return make(entry.generation, *entry.tiles)
+
+
+def make(device: str, rows: int, columns: int, rotated: int) -> Tiles:
+    """Tiles with what else depends on the generation."""
+    properties = GENERATIONS[device]
+    return Tiles(rows, columns, rotated, properties.halves, apart=properties.apart)
+
+
+def limit(device: str, rows: int, tiles: Tiles) -> int:
+    """Bytes of VMEM that a call with these tiles may take."""
+    properties = GENERATIONS[device]
+    return properties.vmem if rows <= min(tiles.rows, RESIDENT_ROWS) else properties.grid_vmem
 
 
 def generation(device_kind: str) -> str:
@@ -112,27 +130,25 @@ def choose(
     Raises:
       ValueError: not even the smallest tiles fit.
     """
-    properties = GENERATIONS[device]
     # The table is sorted: the entry for the fewest rows that are enough comes first.
     known = [tpu_tiles(e) for e in TABLE if (e.generation, e.k, e.n) == (device, k, n) and rows <= e.rows]
     for each in (*known, *candidates(device, rows, n)):
         tiles = held_tiles(device, each, rows, k, n, rotation=rotation, width=width)
-        if vmem_bytes(tiles, rows, k, n, rotation=rotation, width=width) <= properties.vmem:
+        if vmem_bytes(tiles, rows, k, n, rotation=rotation, width=width) <= limit(device, rows, tiles):
             return tiles
     raise ValueError(
-        f"K {k} needs more than the {properties.vmem // MIB} MiB of VMEM that a kernel may take on {device}: "
+        f"K {k} needs more than the {limit(device, rows, tiles) // MIB} MiB of VMEM that a kernel may take on {device}: "
         "use implementation='xla'"
     )
 
 
 def candidates(device: str, rows: int, n: int) -> list[Tiles]:
     """Tiles worth trying, most promising first."""
-    halves = GENERATIONS[device].halves
     if rows <= RESIDENT_ROWS:
         widths = (512, 1024, 256, 128)
-        return [Tiles(RESIDENT_ROWS, w, 32, halves) for w in widths if w <= padded(n) or w == 128]
+        return [make(device, RESIDENT_ROWS, w, 32) for w in widths if w <= padded(n) or w == 128]
     return [
-        Tiles(r, w, min(t, r), halves)
+        make(device, r, w, min(t, r))
         for r in (1024, 512, 256, 128)
         for w in (512, 256, 128)
         for t in (256, 128, 32)

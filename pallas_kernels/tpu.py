@@ -59,6 +59,7 @@ class Tiles(NamedTuple):
 
     halves: whether bfloat16 vectors are compared as such, two rows to a lane (v6e and later have the instructions).
     held: tiles of the weight in VMEM at once, where all rows are in one tile of :data:`RESIDENT_ROWS` at most.
+    apart: whether the activations, too, have to be in HBM before such a call.
     """
 
     rows: int
@@ -66,6 +67,7 @@ class Tiles(NamedTuple):
     rotated: int = 32
     halves: bool = True
     held: int = 2
+    apart: bool = False
 
 
 # ---------------------------------------------------------------- preparation
@@ -575,7 +577,7 @@ def _few_rows_kernel(
         rotation.prepare()
         _prologue(x_ref, ready_ref, rotation, x_ref.shape[0], step)
 
-    def body(i: Any, carry: Any) -> Any:
+    def body(i: Any, more: bool) -> None:
         slot = i if held >= count else lax.rem(i, held)
         for copy in copies(i, slot):
             copy.wait()
@@ -586,11 +588,13 @@ def _few_rows_kernel(
             weight = _decode_rows(words_ref.at[slot], scale_ref, rows.start, rows.stop - rows.start, kind)
             total += _multiply(_unpacked(ready_ref[:, rows]), weight)
         out_ref[:, place(i)] = (total * f_ref[:, place(i)]).astype(out_dtype)
-        if held < count:
-            pl.when(i + held < count)(functools.partial(start, i + held, slot))
-        return carry
+        if more:
+            start(i + held, slot)
 
-    lax.fori_loop(0, count, body, 0)
+    last = max(0, count - held)  # the first tile that no other one follows in its place
+    if last:
+        lax.fori_loop(0, last, lambda i, carry: (body(i, True), carry)[1], 0)
+    lax.fori_loop(last, count, lambda i, carry: (body(i, False), carry)[1], 0)
 
 
 def _many_rows_kernel(*refs: Any, stages: _Stages, kind: str, step: int, out_dtype: Any) -> None:
@@ -689,6 +693,8 @@ def rotate_quantize_matmul(
         kernel: Any = functools.partial(_few_rows_kernel, columns=column_tile, held=held, **common)
         small = operands[2:]
         in_vmem = pl.BlockSpec(memory_space=pltpu.VMEM)
+        if tiles.apart and not interpret:
+            x = pltpu.with_memory_space_constraint(x, pltpu.HBM)
         y = pl.pallas_call(
             kernel,
             out_shape=shape,

@@ -98,9 +98,7 @@ def test_a_layer_of_a_stack_is_that_layer(m, rows):
     x = cases[0][0]
     for layer in (0, 2):
         given = {"rule": "even", "tiles": tiles, "interpret": True}
-        got = tpu.rotate_quantize_matmul(
-            x, stack(weights), stack(rotations), layer=jnp.int32(layer), **given
-        )
+        got = tpu.rotate_quantize_matmul(x, stack(weights), stack(rotations), layer=jnp.int32(layer), **given)
         want = tpu.rotate_quantize_matmul(x, weights[layer], rotations[layer], **given)
         np.testing.assert_array_equal(got, want)
 
