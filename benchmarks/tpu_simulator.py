@@ -188,7 +188,7 @@ def _operation(call: Call) -> tuple[Callable[..., Any], list[Any]]:
     def fused(x: Any, words: Any, exponents: Any, factor: Any, *rest: Any) -> Any:
         weight = layout.TPUWeight(words, exponents, factor)
         x = x + x  # in a model something precedes the call, and leaves its result in VMEM
-        common["vmem_limit"] = tiles.limit(call.generation, m, chosen)
+        common["vmem_limit"] = tiles.limit(call.generation, chosen)
         return tpu.rotate_quantize_matmul(x, weight, back(rest), tiles=chosen, kind=properties.kind, **common)
 
     full_k, full_n = layout.padded(k), layout.padded(n)

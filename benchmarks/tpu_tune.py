@@ -71,8 +71,8 @@ def candidates(generation: str, rows: int, k: int, n: int) -> Iterator[tuple[int
     for each in tiles.candidates(generation, rows, n):
         if rows > tpu.RESIDENT_ROWS and (each.rotated < 128 or each.rows <= tpu.RESIDENT_ROWS):
             continue
-        needed = tiles.vmem_bytes(each, rows, k, n, rotation=rotation)
-        if needed <= tiles.limit(generation, rows, each):
+        each = tiles.held_tiles(generation, each, rows, k, n, rotation=rotation)
+        if tiles.vmem_bytes(each, rows, k, n, rotation=rotation) <= tiles.limit(generation, each):
             yield each[:3]
 
 

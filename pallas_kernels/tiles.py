@@ -18,12 +18,10 @@ class Generation(NamedTuple):
     """A TPU core: what the kernels may use of it, and what bounds them."""
 
     vmem: int
-    """Bytes of VMEM that a kernel may take for few rows."""
-    grid_vmem: int
-    """The same for many, where XLA puts the activations, too, into VMEM."""
-    apart: bool
-    """Whether few rows of activations have to stay out of VMEM until the kernel copies them: XLA for tpu7x counts what
-    it holds there on top of what it lets the kernel take, and refuses a program of little else."""
+    """Bytes of VMEM that a kernel may take."""
+    shared_vmem: int
+    """The same where XLA may have put the activations into VMEM: what it holds there it counts on top of this limit
+    and of what the kernel takes, and refuses a program of little else."""
     kind: Kind
     """Layout of a weight that decodes fastest."""
     halves: bool
@@ -37,10 +35,11 @@ class Generation(NamedTuple):
 
 
 GENERATIONS: dict[str, Generation] = {
-    "v5e": Generation(100 * MIB, 100 * MIB, False, "bytes", False, 1.5e9, 819e9, 65536),
-    "v6e": Generation(100 * MIB, 100 * MIB, False, "bytes", True, 1.75e9, 1638e9, 262144),
-    # One of a chip's two cores.
-    "tpu7x": Generation(44 * MIB, 31 * MIB, True, "float4", True, 2.2e9, 3686e9, 262144),
+    "v5e": Generation(100 * MIB, 60 * MIB, "bytes", False, 1.5e9, 819e9, 65536),
+    "v6e": Generation(100 * MIB, 60 * MIB, "bytes", True, 1.75e9, 1638e9, 262144),
+    "tpu7x": Generation(
+        44 * MIB, 30 * MIB, "float4", True, 2.2e9, 3686e9, 262144
+    ),  # one of a chip's two cores
 }
 
 _KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"}
@@ -63,14 +62,13 @@ def tpu_tiles(entry: Entry) -> Tiles:
 
 def make(device: str, rows: int, columns: int, rotated: int) -> Tiles:
     """Tiles with what else depends on the generation."""
-    properties = GENERATIONS[device]
-    return Tiles(rows, columns, rotated, properties.halves, apart=properties.apart)
+    return Tiles(rows, columns, rotated, GENERATIONS[device].halves)
 
 
-def limit(device: str, rows: int, tiles: Tiles) -> int:
+def limit(device: str, tiles: Tiles) -> int:
     """Bytes of VMEM that a call with these tiles may take."""
     properties = GENERATIONS[device]
-    return properties.vmem if rows <= min(tiles.rows, RESIDENT_ROWS) else properties.grid_vmem
+    return properties.vmem if tiles.apart else properties.shared_vmem
 
 
 def generation(device_kind: str) -> str:
@@ -113,12 +111,19 @@ def vmem_bytes(tiles: Tiles, rows: int, k: int, n: int, *, rotation: Any = None,
 
 
 def held_tiles(device: str, tiles: Tiles, rows: int, k: int, n: int, **given: Any) -> Tiles:
-    """The same tiles with as many of the weight's in VMEM at once as there are, or as fit; two at least."""
+    """The same tiles with as many of the weight's in VMEM at once as there are, or as fit; two at least.
+
+    Where not all fit beside the activations, these stay in HBM until the kernel copies them, which leaves more room.
+    """
     count = -(-padded(n) // min(tiles.columns, padded(n)))
     none, one = (vmem_bytes(tiles._replace(held=h), rows, k, n, **given) for h in (0, 1))
     if none == one:  # blocks come in the grid's own pipeline
         return tiles
-    room = (GENERATIONS[device].vmem - none) // (one - none)
+    for apart in (False, True):
+        tiles = tiles._replace(apart=apart)
+        room = (limit(device, tiles) - none) // (one - none)
+        if room >= count:
+            break
     return tiles._replace(held=max(2, min(count, room)))
 
 
@@ -134,11 +139,11 @@ def choose(
     known = [tpu_tiles(e) for e in TABLE if (e.generation, e.k, e.n) == (device, k, n) and rows <= e.rows]
     for each in (*known, *candidates(device, rows, n)):
         tiles = held_tiles(device, each, rows, k, n, rotation=rotation, width=width)
-        if vmem_bytes(tiles, rows, k, n, rotation=rotation, width=width) <= limit(device, rows, tiles):
+        if vmem_bytes(tiles, rows, k, n, rotation=rotation, width=width) <= limit(device, tiles):
             return tiles
     raise ValueError(
-        f"K {k} needs more than the {limit(device, rows, tiles) // MIB} MiB of VMEM that a kernel may take on {device}: "
-        "use implementation='xla'"
+        f"K {k} needs more than the {limit(device, tiles) // MIB} MiB of VMEM that a kernel may take on "
+        f"{device}: use implementation='xla'"
     )
 
 

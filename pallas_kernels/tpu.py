@@ -59,7 +59,7 @@ class Tiles(NamedTuple):
 
     halves: whether bfloat16 vectors are compared as such, two rows to a lane (v6e and later have the instructions).
     held: tiles of the weight in VMEM at once, where all rows are in one tile of :data:`RESIDENT_ROWS` at most.
-    apart: whether the activations, too, have to be in HBM before such a call.
+    apart: whether the activations have to be in HBM before such a call.
     """
 
     rows: int
@@ -577,7 +577,7 @@ def _few_rows_kernel(
         rotation.prepare()
         _prologue(x_ref, ready_ref, rotation, x_ref.shape[0], step)
 
-    def body(i: Any, more: bool) -> None:
+    def body(i: Any, carry: Any, *, more: bool) -> Any:
         slot = i if held >= count else lax.rem(i, held)
         for copy in copies(i, slot):
             copy.wait()
@@ -590,11 +590,12 @@ def _few_rows_kernel(
         out_ref[:, place(i)] = (total * f_ref[:, place(i)]).astype(out_dtype)
         if more:
             start(i + held, slot)
+        return carry
 
     last = max(0, count - held)  # the first tile that no other one follows in its place
     if last:
-        lax.fori_loop(0, last, lambda i, carry: (body(i, True), carry)[1], 0)
-    lax.fori_loop(last, count, lambda i, carry: (body(i, False), carry)[1], 0)
+        lax.fori_loop(0, last, functools.partial(body, more=True), 0)
+    lax.fori_loop(last, count, functools.partial(body, more=False), 0)
 
 
 def _many_rows_kernel(*refs: Any, stages: _Stages, kind: str, step: int, out_dtype: Any) -> None:

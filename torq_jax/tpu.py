@@ -135,7 +135,7 @@ def apply(
             tiles=chosen,
             kind=linear.kind,  # type: ignore[arg-type]
             interpret=interpret,
-            vmem_limit=None if interpret else tiles.limit(device, rows.shape[0], chosen),
+            vmem_limit=None if interpret else tiles.limit(device, chosen),
         )
     except ValueError as error:
         if isinstance(error, TorqError):
