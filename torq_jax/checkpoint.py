@@ -38,6 +38,7 @@ from torq_jax import decoder, mxfp4, mxfp8
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
 from torq_jax.decoder import Decoder, Formats, SiteFormat
 from torq_jax.errors import ConversionError, TorqError
+from torq_jax.matmul import select
 
 MANIFEST = "torq.json"
 FORMAT = "torq-jax"
@@ -184,7 +185,13 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
-def load(directory: str | os.PathLike[str], *, dtype: Any = None, dequantize: bool | None = None) -> Loaded:
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    dequantize: bool | None = None,
+    implementation: str | None = None,
+) -> Loaded:
     """Load a converted model and its tokenizer; the checkpoint itself says what it is.
 
     Args:
@@ -192,14 +199,22 @@ def load(directory: str | os.PathLike[str], *, dtype: Any = None, dequantize: bo
       dtype: of the activations; float32 on a CPU and bfloat16 elsewhere when None.
       dequantize: decode the packed weights once, at load: more memory, faster steps. None means on a CPU
         only. Results are the same, since every MXFP4 and MXFP8 value is exact in both dtypes.
+      implementation: of the packed weights' products, one of :data:`torq_jax.matmul.IMPLEMENTATIONS`; None for the
+        TPU kernels on a TPU (:func:`torq_jax.decoder.pack`) and for XLA elsewhere.
 
     Returns:
       The model, its tokenizer, and the manifest.
 
     Raises:
-      TorqError: no checkpoint there, or a damaged one.
+      TorqError: no checkpoint there, or a damaged one; or an implementation that cannot run here.
     """
     directory = Path(directory)
+    if select(implementation) != "xla":
+        if dequantize:
+            raise TorqError(
+                f"implementation {select(implementation)!r} needs packed weights: leave dequantize out"
+            )
+        dequantize = False
     manifest = read_manifest(directory)
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.dtype(dtype if dtype is not None else jnp.float32 if on_cpu else jnp.bfloat16)
@@ -236,6 +251,8 @@ def load(directory: str | os.PathLike[str], *, dtype: Any = None, dequantize: bo
     layers = stacks[0] if len(stacks) == 1 else dict(enumerate(stacks))
     model = nnx.eval_shape(lambda: Decoder(config, held, dtype=dtype))
     model = decoder.fill(model, jax.tree.map(jnp.asarray, {**outer, "layers": layers}))
+    if not dequantize:
+        model = decoder.pack(model, implementation)
     return Loaded(model, load_tokenizer(directory / "tokenizer"), manifest)
 
 

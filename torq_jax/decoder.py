@@ -14,8 +14,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,19 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
-from torq_jax import mxfp4
+from torq_jax import mxfp4, tpu
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig, RopeScaling
 from torq_jax.errors import TorqError
-from torq_jax.matmul import ACTIVATION_FORMATS, ActivationFormat, dot, precision, prepare
+from torq_jax.matmul import (
+    ACTIVATION_FORMATS,
+    INTERPRETED_AS,
+    ActivationFormat,
+    dot,
+    precision,
+    prepare,
+    select,
+    unfit,
+)
 from torq_jax.mxfp4 import BLOCK, MXFP4Array
 from torq_jax.mxfp8 import MXFP8Array
 from torq_jax.rotation import TwoLevelRotation
@@ -35,6 +45,8 @@ Tap = Callable[[str, Array], Array]
 """Called while tracing with a site's name and the activation ``[b, t, features]`` that enters it, and with
 ``"site/weight"`` and the output ``[b, t, out]`` of each of its linear layers; the layer goes on with what is
 returned."""
+
+_log = logging.getLogger(__name__)
 
 WEIGHT_FORMATS = ("float", "mxfp4", "mxfp8")
 
@@ -110,6 +122,13 @@ class KVCache:
 jax.tree_util.register_dataclass(KVCache, ["keys", "values", "length"], [])
 
 
+class Whole(nnx.Param):
+    """All layers' values of a parameter that a kernel reads one layer of, by its index.
+
+    ``lax.scan`` would hand over slices, and XLA copies a slice before it calls a kernel with it.
+    """
+
+
 class Site(nnx.Module):
     """The linear layers that share one activation, with their rotation.
 
@@ -120,6 +139,7 @@ class Site(nnx.Module):
 
     def __init__(self, config: DecoderConfig, site: str, form: SiteFormat, init: _Init):
         self.site, self.form = site, form
+        self.packed: _Packed | None = None
         features = form.stored_features(config.site_in_features(site))
         self.features = features
         for level in ("inter", "intra"):
@@ -140,14 +160,67 @@ class Site(nnx.Module):
         """Outputs of the site's linear layers, in the order of :data:`~torq_jax.config.SITE_WEIGHTS`."""
         if tap is not None:
             x = tap(self.site, x)
-        x = prepare(x, self.rotation(), self.form.activation_scale, self.form.activations)
+        if self.packed is not None:
+            products = self._by_kernel(x)
+        else:
+            x = prepare(x, self.rotation(), self.form.activation_scale, self.form.activations)
+            rounded = self.form.activation_scale is not None
+            products = [dot(x, self.weight(name), rounded=rounded) for name in SITE_WEIGHTS[self.site]]
         outputs = []
-        for name in SITE_WEIGHTS[self.site]:
-            y = dot(x, self.weight(name), rounded=self.form.activation_scale is not None)
+        for name, y in zip(SITE_WEIGHTS[self.site], products, strict=True):
             bias = getattr(self, f"{name}_bias", None)
             y = y if bias is None else y + bias[...].astype(y.dtype)
             outputs.append(y if tap is None else tap(f"{self.site}/{name}", y))
         return outputs
+
+    def pack(self, kind: Any, dtype: Any, implementation: str) -> None:
+        """Replace the stacked parameters by what the TPU kernels read.
+
+        Args:
+          kind: layout of the weights.
+          dtype: of the activations.
+          implementation: "tpu" or "tpu_interpret".
+        """
+        names = SITE_WEIGHTS[self.site]
+        weights = {name: self.weight(name) for name in names}
+        transform = self.rotation()
+        count = getattr(self, f"{names[0]}_codes").shape[0]
+        linear = tpu.stack(
+            [
+                tpu.pack(
+                    [jax.tree.map(lambda a: a[i], weights[name]) for name in names],  # noqa: B023
+                    jax.tree.map(lambda a: a[i], transform),  # noqa: B023
+                    dtype=dtype,
+                    kind=kind,
+                )
+                for i in range(count)
+            ]
+        )
+        outputs = tuple(getattr(self, f"{name}_codes").shape[-2] for name in names)
+        for name in ("inter", "intra", *(f"{n}_{part}" for n in names for part in ("codes", "scales"))):
+            if hasattr(self, name):
+                delattr(self, name)
+        arrays, tree = jax.tree.flatten(linear)
+        for i, array in enumerate(arrays):
+            setattr(self, f"packed_{i}", Whole(array))
+        self.layer = nnx.Param(jnp.arange(count, dtype=jnp.int32))
+        self.packed = _Packed(tree, outputs, implementation)
+
+    def _by_kernel(self, x: Float[Array, "b t i"]) -> list[Float[Array, "b t o"]]:
+        """All products of the site in one call."""
+        assert self.packed is not None
+        tree, outputs, implementation = self.packed
+        linear = jax.tree.unflatten(tree, [getattr(self, f"packed_{i}")[...] for i in range(tree.num_leaves)])
+        interpreted = implementation == "tpu_interpret"
+        y = tpu.apply(
+            x,
+            linear,
+            self.form.activation_scale,
+            layer=self.layer[...],
+            generation=INTERPRETED_AS if interpreted else None,
+            interpret=interpreted,
+        )
+        return jnp.split(y, np.cumsum(outputs)[:-1].tolist(), axis=-1)
 
     def rotation(self) -> TwoLevelRotation | None:
         """The rotation that runs online, if there is one."""
@@ -165,6 +238,14 @@ class Site(nnx.Module):
         codes, scales = getattr(self, f"{name}_codes")[...], getattr(self, f"{name}_scales")[...]
         packed = MXFP4Array if self.form.weights == "mxfp4" else MXFP8Array
         return packed(codes, scales, self.features, -1)
+
+
+class _Packed(NamedTuple):
+    """What is static of a site that the TPU kernels run."""
+
+    tree: Any
+    outputs: tuple[int, ...]
+    implementation: str
 
 
 class DecoderLayer(nnx.Module):
@@ -284,33 +365,43 @@ class Decoder(nnx.Module):
         x = self.embed[...][tokens].astype(self.dtype)
         start = jnp.int32(0) if cache is None else cache.length
         rope = rope_tables(self.config, start + jnp.arange(tokens.shape[1]))
-        stacks = list(self.layers) if isinstance(self.layers, nnx.List) else [self.layers]
+        stacks = self.stacks()
 
-        def layer(graph: Any, x: Array, state: Any) -> tuple[Array, None]:
-            return nnx.merge(graph, state)(x, rope)[0], None
+        def layer(graph: Any, whole: Any, x: Array, state: Any) -> tuple[Array, None]:
+            return nnx.merge(graph, whole, state)(x, rope)[0], None
 
         if cache is None:
             for stack in stacks:
-                graph, state = nnx.split(stack)
-                x, _ = jax.lax.scan(functools.partial(layer, graph), x, state)
+                graph, whole, state = _split(stack)
+                x, _ = jax.lax.scan(functools.partial(layer, graph, whole), x, state)
             return x, None
 
-        def cached_layer(graph: Any, carry: Any, scanned: Any) -> Any:
+        def cached_layer(graph: Any, whole: Any, carry: Any, scanned: Any) -> Any:
             # The whole cache is carried and updated in place; as a scanned output it would be copied.
             x, keys, values = carry
             index, state = scanned
             own = (keys[index], values[index])
-            x, (k, v) = nnx.merge(graph, state)(x, rope, cache=own, start=start)
+            x, (k, v) = nnx.merge(graph, whole, state)(x, rope, cache=own, start=start)
             return (x, keys.at[index].set(k), values.at[index].set(v)), None
 
         carry, first = (x, cache.keys, cache.values), 0
         for count, stack in zip(self.run_lengths, stacks, strict=True):
-            graph, state = nnx.split(stack)
+            graph, whole, state = _split(stack)
             indices = jnp.arange(first, first + count)
-            carry, _ = jax.lax.scan(functools.partial(cached_layer, graph), carry, (indices, state))
+            carry, _ = jax.lax.scan(functools.partial(cached_layer, graph, whole), carry, (indices, state))
             first += count
         x, keys, values = carry
         return x, KVCache(keys, values, start + tokens.shape[1])
+
+    def stacks(self) -> list[DecoderLayer]:
+        """The stacks of layers, one for each run."""
+        return list(self.layers) if isinstance(self.layers, nnx.List) else [self.layers]
+
+    @property
+    def implementation(self) -> str:
+        """What runs the linear layers: "xla", or a kernel's name where :func:`pack` has put one into some of them."""
+        sites = (getattr(stack, name) for stack in self.stacks() for name in SITES)
+        return next((site.packed.implementation for site in sites if site.packed is not None), "xla")
 
     def logits(self, x: Float[Array, "b t H"]) -> Float[Array, "b t V"]:
         """Final norm and output projection of :meth:`hidden`'s result, in float32."""
@@ -323,6 +414,12 @@ class Decoder(nnx.Module):
         shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
         zeros = jnp.zeros(shape, self.dtype if dtype is None else dtype)
         return KVCache(zeros, jnp.zeros_like(zeros), jnp.int32(0))
+
+
+def _split(stack: DecoderLayer) -> tuple[Any, Any, Any]:
+    """Structure, what a scan must not slice, and what it slices."""
+    graph, *states = nnx.split(stack, Whole, ...)
+    return graph, states[0], states[1]
 
 
 def runs(config: DecoderConfig, formats: Formats | Sequence[Formats]) -> list[tuple[int, Formats]]:
@@ -390,6 +487,46 @@ def fill(model: Decoder, parameters: Mapping[str, Any]) -> Decoder:
                 f"{expected.get(name, 'no such parameter')}"
             )
     return nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, _plain(parameters))))
+
+
+def pack(model: Decoder, implementation: str | None = None) -> Decoder:
+    """``model`` with its MXFP4 sites in the layout of the TPU kernels, where these can run them.
+
+    A site that they cannot run (another format, a scale rule that one pass cannot apply, scales of one output too far
+    apart) stays as it is, for XLA; the log says which and why.
+
+    Args:
+      model: with packed weights; it is changed.
+      implementation: None for the kernels on a TPU and for XLA elsewhere; or one of
+        :data:`torq_jax.matmul.IMPLEMENTATIONS`.
+
+    Raises:
+      TorqError: an implementation that does not exist or cannot run here.
+    """
+    chosen = select(implementation)
+    if chosen == "xla":
+        return model
+    generation = INTERPRETED_AS if chosen == "tpu_interpret" else None
+    left: dict[str, str] = {}
+    for stack in model.stacks():
+        for name in SITES:
+            site = getattr(stack, name)
+            if site.form.weights == "float":
+                continue
+            weights = [site.weight(weight) for weight in SITE_WEIGHTS[name]]
+            reason = unfit(weights[0], site.form.activation_scale, site.form.activations)
+            kind = None
+            if reason is None:
+                each = [jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), weight) for weight in weights]
+                kind = tpu.best_kind(each, generation)
+                reason = "scales of an output are too far apart for their layout"
+            if kind is None:
+                left[name] = str(reason)
+            else:
+                site.pack(kind, model.dtype, chosen)
+    for name, reason in left.items():
+        _log.warning("site %s runs as XLA compiles it, not on the TPU kernels: %s", name, reason)
+    return model
 
 
 def rms_norm(x: Float[Array, "*b n"], scale: Float[Array, " n"], eps: float) -> Float[Array, "*b n"]:

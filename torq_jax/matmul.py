@@ -84,9 +84,12 @@ def select(
     activation_scale: str | None = None,
     activation_format: str = "mxfp4",
 ) -> str:
-    """The implementation to use; a name that cannot run is an error, never another one in its place."""
+    """The implementation to use; a name that cannot run is an error, never another one in its place.
+
+    Without a weight, that of MXFP4 weights in general.
+    """
     backend, packed = jax.default_backend(), isinstance(weight, TPULinear)
-    unfit = _unfit(weight, activation_scale, activation_format)
+    why = unfit(weight, activation_scale, activation_format)
     if implementation is None and packed and backend != "tpu":
         raise TorqError(
             f"this weight is packed for a TPU, and the backend is {backend}: keep the MXFP4Array, or pass "
@@ -95,7 +98,7 @@ def select(
     # A packed weight has one implementation on a TPU, fit or not.
     chosen = implementation
     if chosen is None:
-        chosen = "tpu" if packed or (backend == "tpu" and unfit is None) else "xla"
+        chosen = "tpu" if packed or (backend == "tpu" and why is None) else "xla"
     if chosen not in IMPLEMENTATIONS:
         raise TorqError(
             f"implementation {chosen!r} does not exist: must be one of {', '.join(IMPLEMENTATIONS)}"
@@ -104,21 +107,21 @@ def select(
         raise TorqError(
             "this weight is packed for the TPU kernels: implementation 'xla' needs the MXFP4Array"
         )
-    if chosen != "xla" and unfit is not None:
-        raise TorqError(unfit)
+    if chosen != "xla" and why is not None:
+        raise TorqError(why)
     if chosen == "tpu" and backend != "tpu":
         raise TorqError(
             f"implementation 'tpu' needs a TPU, the backend is {backend}: use 'xla', or 'tpu_interpret' to try the "
             "kernel slowly"
         )
     if implementation is None:
-        _announce(chosen, backend, unfit if backend == "tpu" else None)
+        _announce(chosen, backend, why if backend == "tpu" else None)
     return chosen
 
 
-def _unfit(weight: Any, activation_scale: str | None, activation_format: str) -> str | None:
-    """Why the TPU kernels cannot run a product."""
-    if not isinstance(weight, MXFP4Array | TPULinear):
+def unfit(weight: Any, activation_scale: str | None, activation_format: str) -> str | None:
+    """Why the TPU kernels cannot run a product with such operands; None if they can."""
+    if not isinstance(weight, MXFP4Array | TPULinear | None):
         return f"the TPU kernels multiply MXFP4 weights, not {type(weight).__name__}"
     if activation_scale is not None and activation_format != "mxfp4":
         return f"the TPU kernels round activations to mxfp4, not {activation_format}"

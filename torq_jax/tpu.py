@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from torq_jax import rotation as rotations
 from torq_jax.errors import TorqError
 from torq_jax.mxfp4 import MXFP4Array
 from torq_jax.rotation import TwoLevelRotation
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +93,49 @@ def pack(
     )
 
 
+def stack(linears: Sequence[TPULinear]) -> TPULinear:
+    """The same site of several layers as one, arrays stacked along a leading axis; see ``layer`` in :func:`apply`.
+
+    Raises:
+      TorqError: sites of different shapes or kinds.
+    """
+    if len({(x.out_features, x.features, x.kind) for x in linears}) != 1:
+        raise TorqError("sites of different sizes or layouts cannot be stacked: pack them alike")
+    return jax.tree.map(lambda *each: jnp.stack(each), *linears)
+
+
+def best_kind(weights: Sequence[MXFP4Array], device: str | None = None) -> layout.Kind | None:
+    """The fastest layout of a generation that holds all of these weights exactly; None if no layout does.
+
+    Args:
+      weights: concrete arrays.
+      device: a generation; None asks the device.
+
+    Raises:
+      TorqError: an unknown TPU.
+    """
+    try:
+        preferred = tiles.GENERATIONS[device or tiles.generation(jax.devices()[0].device_kind)].kind
+    except ValueError as error:
+        raise TorqError(str(error)) from error
+    kinds: list[layout.Kind] = ["float4", "bytes"] if preferred == "float4" else ["bytes"]
+    for kind in kinds:
+        try:
+            for weight in weights:
+                layout.check_scales(weight.codes, weight.scales, kind)
+        except ValueError as error:
+            _log.info("layout %r does not hold a weight: %s", kind, error)
+        else:
+            return kind
+    return None
+
+
 def apply(
     x: Float[Array, "*batch features"],
     linear: TPULinear,
     activation_scale: str | None,
     *,
+    layer: Any = None,
     generation: str | None = None,
     interpret: Any = False,
 ) -> Float[Array, "*batch out"]:
@@ -104,6 +145,8 @@ def apply(
       x: bfloat16 or float32, as ``linear`` was packed for; its last block may lack features, which are zeros.
       linear: from :func:`pack`.
       activation_scale: "floor", "ceil" or "even"; None leaves the activations in float.
+      layer: None, or the index into arrays of ``linear`` that are stacked along a leading axis, as :func:`stack`
+        does.
       generation: whose tiles to use; None asks the device.
       interpret: run in Pallas's interpretation, on any backend.
 
@@ -116,7 +159,8 @@ def apply(
     rows = x.reshape(-1, size)
     rows = jnp.pad(rows, ((0, 0), (0, linear.features - size)))
     if linear.before is not None:
-        rows = rotations.rotate(rows, TwoLevelRotation(linear.before, None, linear.features))
+        before = linear.before if layer is None else linear.before[layer]
+        rows = rotations.rotate(rows, TwoLevelRotation(before, None, linear.features))
     try:
         device = generation or tiles.generation(jax.devices()[0].device_kind)
         chosen = tiles.choose(
@@ -124,7 +168,7 @@ def apply(
             rows.shape[0],
             linear.features,
             linear.out_features,
-            rotation=linear.rotation,
+            rotation=jax.tree.map(lambda a: a if layer is None else a[0], linear.rotation),
             width=x.dtype.itemsize,
         )
         y = tpu.rotate_quantize_matmul(
@@ -134,6 +178,7 @@ def apply(
             rule=activation_scale,  # type: ignore[arg-type]  # refused there by its name
             tiles=chosen,
             kind=linear.kind,  # type: ignore[arg-type]
+            layer=layer,
             interpret=interpret,
             vmem_limit=None if interpret else tiles.limit(device, chosen),
         )
