@@ -112,11 +112,16 @@ FLOAT: Formats = {site: SiteFormat() for site in SITES}
 
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens so far; a pytree. ``length`` tokens are valid."""
+    """Keys and values of the tokens so far; a pytree. Slot j holds position j.
+
+    ``length`` tokens are valid: one number for all rows, or one for each row where prompts of different lengths
+    share a batch. What lies in later slots is seen by no query before a token overwrites it, so rows may be padded
+    on the right.
+    """
 
     keys: Float[Array, "L b s g d"]
     values: Float[Array, "L b s g d"]
-    length: Int32[Array, ""]
+    length: Int32[Array, ""] | Int32[Array, " b"]
 
 
 jax.tree_util.register_dataclass(KVCache, ["keys", "values", "length"], [])
@@ -266,19 +271,19 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b t H"],
-        rope: tuple[Float[Array, "t d"], Float[Array, "t d"]],
+        rope: tuple[Float[Array, "*b t d"], Float[Array, "*b t d"]],
         *,
-        cache: tuple[Float[Array, "b s g d"], Float[Array, "b s g d"]] | None = None,
-        start: Int32[Array, ""] | int = 0,
+        cache: tuple[Float[Array, "L b s g d"], Float[Array, "L b s g d"], Int32[Array, ""]] | None = None,
+        start: Int32[Array, ""] | Int32[Array, " b"] | int = 0,
         tap: Tap | None = None,
     ) -> tuple[Float[Array, "b t H"], tuple[Array, Array]]:
-        """The layer's output, and the keys and values that its attention looked at.
+        """The layer's output, and its keys and values; with a cache the whole cache, these tokens' written into it.
 
         Args:
           x: residual stream.
           rope: cosines and sines of the tokens' positions.
-          cache: keys and values of one layer with room for these tokens at ``start``.
-          start: position of the first token of ``x``.
+          cache: keys and values of all layers with room for these tokens at ``start``, and this layer's index.
+          start: position of the first token of ``x``, or of the first token of each row.
           tap: see :data:`Tap`.
         """
         eps = self.config.norm_eps
@@ -298,10 +303,12 @@ class DecoderLayer(nnx.Module):
             q = rms_norm(q, self.q_norm[...], config.norm_eps)
             k = rms_norm(k, self.k_norm[...], config.norm_eps)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        kept = (k, v)
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), start, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), start, axis=1)
-        return attention(q, k, v, start).reshape(b, t, -1), (k, v)
+            *stores, index = cache
+            kept = (_store(stores[0], k, index, start), _store(stores[1], v, index, start))
+            k, v = (jax.lax.dynamic_index_in_dim(store, index, keepdims=False) for store in kept)
+        return attention(q, k, v, start).reshape(b, t, -1), kept
 
 
 class Decoder(nnx.Module):
@@ -341,7 +348,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "b t V"], KVCache | None]:
         """Logits in float32 of each next token, and the cache with these tokens' keys and values.
 
-        Without a cache the tokens are positions 0 to t - 1; with one they follow its ``length``.
+        Without a cache the tokens are positions 0 to t - 1; with one they follow its ``length``, each row its own.
         """
         x, cache = self.hidden(tokens, cache)
         return self.logits(x), cache
@@ -355,7 +362,7 @@ class Decoder(nnx.Module):
           TorqError: tokens for which the cache has no room, as far as its length is known while tracing.
         """
         if cache is not None:
-            used = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
+            used = 0 if isinstance(cache.length, jax.core.Tracer) else int(np.max(cache.length))
             room = cache.keys.shape[2]
             if used + tokens.shape[1] > room:
                 raise TorqError(
@@ -364,7 +371,7 @@ class Decoder(nnx.Module):
                 )
         x = self.embed[...][tokens].astype(self.dtype)
         start = jnp.int32(0) if cache is None else cache.length
-        rope = rope_tables(self.config, start + jnp.arange(tokens.shape[1]))
+        rope = rope_tables(self.config, _positions(start, 0, tokens.shape[1]))
         stacks = self.stacks()
 
         def layer(graph: Any, whole: Any, x: Array, state: Any) -> tuple[Array, None]:
@@ -380,9 +387,8 @@ class Decoder(nnx.Module):
             # The whole cache is carried and updated in place; as a scanned output it would be copied.
             x, keys, values = carry
             index, state = scanned
-            own = (keys[index], values[index])
-            x, (k, v) = nnx.merge(graph, whole, state)(x, rope, cache=own, start=start)
-            return (x, keys.at[index].set(k), values.at[index].set(v)), None
+            x, kept = nnx.merge(graph, whole, state)(x, rope, cache=(keys, values, index), start=start)
+            return (x, *kept), None
 
         carry, first = (x, cache.keys, cache.values), 0
         for count, stack in zip(self.run_lengths, stacks, strict=True):
@@ -544,30 +550,55 @@ def rope_frequencies(config: DecoderConfig) -> Float[np.ndarray, " d/2"]:
 
 
 def rope_tables(
-    config: DecoderConfig, positions: Int32[Array, " t"]
-) -> tuple[Float[Array, "t d"], Float[Array, "t d"]]:
+    config: DecoderConfig, positions: Int32[Array, "*b t"]
+) -> tuple[Float[Array, "*b t d"], Float[Array, "*b t d"]]:
     """Cosines and sines in float32; the two halves of a head carry the same angles."""
-    angles = positions.astype(jnp.float32)[:, None] * rope_frequencies(config)
+    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(config)
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def apply_rope(
-    x: Float[Array, "b t h d"], cos: Float[Array, "t d"], sin: Float[Array, "t d"]
+    x: Float[Array, "b t h d"], cos: Float[Array, "*b t d"], sin: Float[Array, "*b t d"]
 ) -> Float[Array, "b t h d"]:
-    """Rotate element i of a head with element i + d/2, as Hugging Face stores LLaMA and Qwen3."""
+    """Rotate element i of a head with element i + d/2, as Hugging Face stores LLaMA and Qwen3.
+
+    The angles are those of all rows, ``[t, d]``, or of each row, ``[b, t, d]``.
+    """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
-    return (x * cos[:, None, :] + turned * sin[:, None, :]).astype(x.dtype)
+    return (x * cos[..., None, :] + turned * sin[..., None, :]).astype(x.dtype)
+
+
+def _positions(
+    start: Int32[Array, ""] | Int32[Array, " b"] | int, first: int, last: int
+) -> Int32[Array, " t"] | Int32[Array, "b t"]:
+    """Positions of tokens ``first`` to ``last - 1`` of a call that starts at ``start``."""
+    return jnp.asarray(start, jnp.int32)[..., None] + jnp.arange(first, last, dtype=jnp.int32)
+
+
+def _store(
+    store: Float[Array, "L b s g d"],
+    new: Float[Array, "b t g d"],
+    index: Int32[Array, ""],
+    start: Int32[Array, ""] | Int32[Array, " b"] | int,
+) -> Float[Array, "L b s g d"]:
+    """``store`` with ``new`` written into layer ``index`` from ``start`` on, in each row from its own."""
+    new = new.astype(store.dtype)
+    if jnp.ndim(start) == 0:
+        return jax.lax.dynamic_update_slice(store, new[None], (index, 0, start, 0, 0))
+    rows = jnp.arange(new.shape[0])[:, None]
+    # A row whose slots are all used writes nowhere; an update of a slice would move back onto its last slot.
+    return store.at[index, rows, _positions(start, 0, new.shape[1])].set(new, mode="drop")
 
 
 def attention(
     q: Float[Array, "b t h d"],
     k: Float[Array, "b s g d"],
     v: Float[Array, "b s g d"],
-    start: Int32[Array, ""] | int = 0,
+    start: Int32[Array, ""] | Int32[Array, " b"] | int = 0,
 ) -> Float[Array, "b t h d"]:
-    """Causal grouped-query attention; query i sits at position ``start + i``, key j at position j.
+    """Causal grouped-query attention; query i sits at position ``start + i`` (of its row), key j at position j.
 
     Scores are in float32, those of :data:`QUERY_CHUNK` queries at a time. Where the queries are known to
     start the sequence, a chunk skips the keys that lie after it.
@@ -578,19 +609,20 @@ def attention(
     for first in range(0, t, QUERY_CHUNK):
         last = min(first + QUERY_CHUNK, t)
         seen = last if from_the_start else s
-        positions = start + jnp.arange(first, last)
+        positions = _positions(start, first, last)
         chunks.append(_attend(q[:, first:last], k[:, :seen], v[:, :seen], positions))
     return chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=1)
 
 
-def _attend(q: Array, k: Array, v: Array, positions: Int32[Array, " t"]) -> Array:
+def _attend(q: Array, k: Array, v: Array, positions: Int32[Array, "*b t"]) -> Array:
     b, t, h, d = q.shape
     g, r = k.shape[2], h // k.shape[2]
     # The queries of all heads that share a key head form one matrix: [b, g, r t, d].
     grouped = q.reshape(b, t, g, r, d).transpose(0, 2, 3, 1, 4).reshape(b, g, r * t, d)
     k, v = k.astype(q.dtype).transpose(0, 2, 3, 1), v.astype(q.dtype).transpose(0, 2, 1, 3)
     scores = jnp.matmul(grouped, k, precision=precision(q.dtype), preferred_element_type=jnp.float32)
-    seen: Bool[Array, "t s"] = jnp.arange(k.shape[-1])[None, :] <= positions[:, None]
+    seen: Bool[Array, "*b t s"] = jnp.arange(k.shape[-1]) <= positions[..., None]
+    seen = jnp.expand_dims(seen, (-4, -3))  # as [g, r] of the scores: [*b, 1, 1, t, s]
     scores = scores.reshape(b, g, r, t, -1) * (1.0 / np.sqrt(d))
     scores = jnp.where(seen, scores, -jnp.inf)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))

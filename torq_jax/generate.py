@@ -1,30 +1,155 @@
-"""Text from a converted model: ``python -m torq_jax.generate DIR --prompt "..."``."""
+"""Text from a converted model: ``python -m torq_jax.generate DIR --prompt "..."``.
+
+Prompts of a batch are padded on the right, so that a token's slot in the cache is its position, and every row keeps
+its own length. Prompts enter in pieces of few lengths and the cache has few lengths (:func:`bucket`): what is
+compiled once serves all prompts of like size, and any settings, which are data.
+
+Letters in shapes: b rows, t tokens of a piece of the prompts, H hidden size, V vocabulary, e ids that end a text.
+"""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import functools
 import logging
-import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
+from torq_jax import detokenize
 from torq_jax.decoder import Decoder, KVCache
 from torq_jax.errors import TorqError
-from torq_jax.matmul import select
+from torq_jax.sampling import RowSettings, Sampling, choose, row_settings, sample
+
+__all__ = [
+    "Generated",
+    "Piece",
+    "Sampling",
+    "chat_prompt",
+    "generate",
+    "generate_tokens",
+    "sample",
+    "stream",
+    "stream_text",
+]
 
 _log = logging.getLogger(__name__)
 
-BUCKET = 64
-"""Prompt and cache lengths are rounded up to this, so that few shapes are ever compiled."""
+SMALLEST_BUCKET = 64
+"""Tokens; see :func:`bucket`."""
+PREFILL = 512
+"""Most tokens of each prompt that enter the model at a time."""
+
+Stop = Literal["eos", "stop", "length", "positions"]
+"""Why a row ended: an end-of-sequence token, a stop string, ``max_tokens``, or no positions left in the model."""
+
+
+class Piece(NamedTuple):
+    """One token of one row as it is made."""
+
+    row: int
+    """Index of the prompt."""
+    token: int | None
+    """None where a row ends without any (``max_tokens`` 0)."""
+    text: str
+    """What can be written now: empty within a character or where a stop string may be beginning; always empty without
+    a tokenizer."""
+    stopped: Stop | None
+    """On a row's last piece, why it is the last."""
+
+
+class Generated(NamedTuple):
+    """What a row made."""
+
+    tokens: tuple[int, ...]
+    """All tokens, those of an end-of-sequence token or a stop string too."""
+    text: str | None
+    """Their text without special tokens, before the stop string; None without a tokenizer."""
+    stopped: Stop
+
+
+def generate(
+    model: Decoder,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 - frozen
+    *,
+    tokenizer: Any = None,
+    special_tokens: bool = True,
+    batch: int | None = None,
+) -> list[Generated]:
+    """What follows each of several prompts, which are run together.
+
+    A row's tokens do not depend on the other rows, as far as sums of floats in another order leave logits the same.
+
+    Args:
+      model: a decoder.
+      prompts: texts, or lists of token ids; of any lengths.
+      sampling: of all rows, or one for each prompt. Equal prompts of equal seeds make equal texts: for several
+        texts from one prompt give each row its own seed.
+      tokenizer: the model's; needed for texts and stop strings.
+      special_tokens: let the tokenizer add its own to prompts that are texts; not for a :func:`chat_prompt`, which
+        holds them already.
+      batch: most prompts that run together; all when None. With fewer, the last batch is filled up with empty rows.
+
+    Returns:
+      One result for each prompt, in order.
+
+    Raises:
+      TorqError: prompts that are no list, an empty one, one longer than the model's positions, a token outside the
+        vocabulary, texts or stop strings without a tokenizer, or not as many samplings as prompts.
+    """
+    tokens: list[list[int]] = [[] for _ in prompts]
+    texts: list[list[str]] = [[] for _ in prompts]
+    stopped: dict[int, Stop] = {}
+    pieces = stream(model, prompts, sampling, tokenizer=tokenizer, special_tokens=special_tokens, batch=batch)
+    for piece in pieces:
+        if piece.token is not None:
+            tokens[piece.row].append(piece.token)
+        texts[piece.row].append(piece.text)
+        if piece.stopped is not None:
+            stopped[piece.row] = piece.stopped
+    return [
+        Generated(tuple(tokens[row]), None if tokenizer is None else "".join(texts[row]), stopped[row])
+        for row in range(len(prompts))
+    ]
+
+
+def stream(
+    model: Decoder,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 - frozen
+    *,
+    tokenizer: Any = None,
+    special_tokens: bool = True,
+    batch: int | None = None,
+) -> Iterator[Piece]:
+    """As :func:`generate`, but each token as it is made: one of every row that still goes on, and again.
+
+    A warning in the log says which rows fill the model's positions before they have made ``max_tokens``.
+
+    Raises:
+      TorqError: as :func:`generate`, before anything is made.
+    """
+    if isinstance(prompts, str):
+        raise TorqError(f"prompts is one text, {prompts[:40]!r}: put it into a list")
+    samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+    if len(samplings) != len(prompts):
+        raise TorqError(f"{len(samplings)} samplings for {len(prompts)} prompts: give one, or one for each")
+    if batch is not None and batch < 1:
+        raise TorqError(f"batch is {batch}: must be 1 at least")
+    if tokenizer is None and any(s.stop for s in samplings):
+        raise TorqError("stop strings need the tokenizer: pass tokenizer=")
+    encoded = [_encode(p, tokenizer, special_tokens) for p in prompts]
+    for tokens in encoded:
+        _check(tokens, model)
+    return _stream(model, encoded, samplings, tokenizer, batch or max(1, len(prompts)))
 
 
 def generate_tokens(
@@ -35,6 +160,8 @@ def generate_tokens(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
 ) -> Iterator[int]:
     """Token ids that follow ``prompt``, as they are made.
@@ -45,107 +172,23 @@ def generate_tokens(
     Args:
       model: a decoder.
       prompt: token ids, one at least.
-      max_tokens: most tokens to make.
-      temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled.
-      top_k: sample among the k likeliest only; 0 for no limit.
-      top_p: sample among the likeliest tokens that hold this share of probability.
-      seed: of the sampling; the same seed gives the same text.
+      max_tokens: and the others as in :class:`~torq_jax.sampling.Sampling`.
 
     Raises:
       TorqError: an empty prompt, one longer than the model's positions, a token outside the vocabulary, or a
         setting out of range.
     """
-    if not len(prompt):
-        raise TorqError("the prompt has no tokens")
-    positions = model.config.max_position_embeddings
-    if len(prompt) > positions:
-        raise TorqError(
-            f"the prompt has {len(prompt)} tokens, the model has positions for {positions} (its "
-            "max_position_embeddings): shorten the prompt"
-        )
-    if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
-        raise TorqError(
-            f"the prompt has token {max(prompt)} outside the vocabulary of {model.config.vocab_size}"
-        )
-    if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
-        raise TorqError(
-            f"temperature {temperature} and top_k {top_k} must be finite and not negative, top_p {top_p} in (0, 1]"
-        )
-    if max_tokens < 0 or not 0 <= seed < 2**63:
-        raise TorqError(f"max_tokens {max_tokens} must not be negative, seed {seed} in 0..2**63 - 1")
-    return _generate(model, prompt, max_tokens, temperature, top_k, top_p, seed)
-
-
-def _generate(
-    model: Decoder,
-    prompt: Sequence[int],
-    max_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-) -> Iterator[int]:
-    graph, state = nnx.split(model)
-    length = _bucket(len(prompt))
-    tokens = np.zeros((1, length), np.int32)
-    tokens[0, : len(prompt)] = prompt
-    # The last token made is never read again and so needs no position: at a full context one can still be made.
-    room = model.config.max_position_embeddings - len(prompt) + 1
-    count = min(max_tokens, room)
-    cache = model.init_cache(1, _bucket(len(prompt) + count))
-    logits, cache = _prefill(graph, state, jnp.asarray(tokens), cache, jnp.int32(len(prompt)))
-    key = jax.random.key(seed)
-    for step in range(count):
-        key, own = jax.random.split(key)
-        token = int(sample(logits, own, temperature=temperature, top_k=top_k, top_p=top_p)[0])
-        yield token
-        if token in model.config.eos_token_ids or step == max_tokens - 1:
-            return
-        if step == count - 1:
-            _log.warning(
-                "stopped after %d of %d tokens: prompt and text fill the model's %d positions",
-                count,
-                max_tokens,
-                model.config.max_position_embeddings,
-            )
-            return
-        logits, cache = _step(graph, state, jnp.full((1, 1), token, jnp.int32), cache)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _prefill(graph: Any, state: Any, tokens: Array, cache: KVCache, length: Array) -> tuple[Array, KVCache]:
-    model = nnx.merge(graph, state)
-    hidden, cache = model.hidden(tokens, cache)
-    last = jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1, axis=1)
-    # What the padding wrote lies beyond ``length``: no query sees it before a later token overwrites it.
-    return model.logits(last)[:, 0], KVCache(cache.keys, cache.values, length)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _step(graph: Any, state: Any, token: Array, cache: KVCache) -> tuple[Array, KVCache]:
-    logits, cache = nnx.merge(graph, state)(token, cache)
-    return logits[:, 0], cache
-
-
-@functools.partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))
-def sample(
-    logits: Float[Array, "b V"], key: Array, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0
-) -> Int32[Array, " b"]:
-    """One token for each row; the arguments are those of :func:`generate_tokens`."""
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1)
-    logits = logits / temperature
-    if top_k:
-        least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        shares = jax.nn.softmax(ordered, axis=-1)
-        # Kept while the likelier ones hold less than top_p: the likeliest always stays.
-        kept = jnp.cumsum(shares, axis=-1) - shares < top_p
-        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.random.categorical(key, logits, axis=-1)
+    settings = Sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    pieces = stream(model, [prompt], settings)
+    return (piece.token for piece in pieces if piece.token is not None)
 
 
 def stream_text(
@@ -158,86 +201,352 @@ def stream_text(
       tokenizer: its tokenizer.
       prompt: text to go on from.
       special_tokens: let the tokenizer add its own; not for a :func:`chat_prompt`, which holds them already.
-      **settings: as in :func:`generate_tokens`.
+      **settings: as in :class:`~torq_jax.sampling.Sampling`.
 
     Raises:
       TorqError: as :func:`generate_tokens`.
     """
-    ids = tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"]
-    return _pieces(generate_tokens(model, ids, **settings), tokenizer)
+    pieces = stream(model, [prompt], Sampling(**settings), tokenizer=tokenizer, special_tokens=special_tokens)
+    return (piece.text for piece in pieces if piece.text)
 
 
-def _pieces(tokens: Iterator[int], tokenizer: Any) -> Iterator[str]:
-    made: list[int] = []
-    written = ""
-    for token in tokens:
-        made.append(token)
-        text = tokenizer.decode(made, skip_special_tokens=True)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character so far
-            continue
-        yield text[len(written) :]
-        written = text
-    rest = tokenizer.decode(made, skip_special_tokens=True)[len(written) :]
-    if rest:
-        yield rest
+def chat_prompt(tokenizer: Any, messages: str | Sequence[Mapping[str, str]], **variables: Any) -> str:
+    """A conversation in the model's own chat template, up to where its next answer begins.
 
-
-def chat_prompt(tokenizer: Any, message: str) -> str:
-    """``message`` as a user's turn in the model's own chat template.
+    Args:
+      tokenizer: the model's.
+      messages: one user's turn as a text, or several turns, each ``{"role": "system" | "user" | "assistant",
+        "content": text}``.
+      **variables: what the template knows besides, e.g. ``enable_thinking=False`` for Qwen3.
 
     Raises:
-      TorqError: the tokenizer has no chat template.
+      TorqError: the tokenizer has no chat template, or the template refuses the messages.
     """
+    from jinja2 import TemplateError
+
     if not getattr(tokenizer, "chat_template", None):
         raise TorqError("the tokenizer has no chat template: leave --chat out")
-    turn = [{"role": "user", "content": message}]
-    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+    for turn in turns:
+        if not {"role", "content"} <= turn.keys():
+            raise TorqError(f"a turn has {', '.join(turn) or 'nothing'}: it needs a role and a content")
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **variables)
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise TorqError(f"the chat template refuses turns of {roles}: {error}") from error
 
 
-def _bucket(length: int) -> int:
-    return -(-length // BUCKET) * BUCKET
+def bucket(length: int) -> int:
+    """The length that stands for ``length`` in compiled shapes: 64, 96, 128, 192, 256, 384, ...
+
+    At most half as long again, and two for each doubling.
+    """
+    size = SMALLEST_BUCKET
+    while size < length:
+        size *= 2
+    return size * 3 // 4 if size > SMALLEST_BUCKET and length <= size * 3 // 4 else size
+
+
+# What follows runs a batch. Rows end on the device by themselves where tokens say so; a stop string is seen on the
+# host, which tells the next step.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """How far each row is; small, and kept for the host to read."""
+
+    token: Int32[Array, " b"]
+    """The last token made; it is not in the cache yet."""
+    made: Int32[Array, " b"]
+    """Tokens made."""
+    done: Bool[Array, " b"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Memory:
+    """What the rows hold; large, and updated in place."""
+
+    cache: KVCache
+    seen: Bool[Array, "b V"]
+    """Tokens of the prompt and of the text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ends:
+    """Where rows end."""
+
+    limit: Int32[Array, " b"]
+    """Tokens that a row may make."""
+    eos: Int32[Array, " e"]
+
+
+jax.tree_util.register_dataclass(_Rows, ["token", "made", "done"], [])
+jax.tree_util.register_dataclass(_Memory, ["cache", "seen"], [])
+jax.tree_util.register_dataclass(_Ends, ["limit", "eos"], [])
+
+
+class _Structure:
+    """A model's structure as a static argument, hashed once instead of at every step."""
+
+    def __init__(self, graph: Any, tree: Any):
+        self.graph, self.tree = graph, tree
+        self._hash = hash((graph, tree))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, _Structure) and (self.graph, self.tree) == (other.graph, other.tree)
+
+    def model(self, leaves: Sequence[Array]) -> Decoder:
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, leaves))
+
+
+def _split(model: Decoder) -> tuple[_Structure, list[Array]]:
+    graph, state = nnx.split(model)
+    leaves, tree = jax.tree.flatten(state)
+    return _Structure(graph, tree), leaves
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
+def _prefill(
+    structure: _Structure,
+    leaves: list[Array],
+    tokens: Int32[Array, "b t"],
+    cache: KVCache,
+    last: Float[Array, "b H"],
+    lengths: Int32[Array, " b"],
+) -> tuple[KVCache, Float[Array, "b H"]]:
+    """Put a piece of the prompts into the cache; ``last`` takes the rows whose prompt ends within it."""
+    at = lengths - 1 - cache.length
+    hidden, cache = structure.model(leaves).hidden(tokens, cache)
+    ends = (at >= 0) & (at < tokens.shape[1])
+    own = jnp.take_along_axis(hidden, jnp.clip(at, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
+    return cache, jnp.where(ends[:, None], own, last)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _first(
+    structure: _Structure,
+    leaves: list[Array],
+    last: Float[Array, "b H"],
+    seen: Bool[Array, "b V"],
+    rows: _Rows,
+    settings: RowSettings,
+    ends: _Ends,
+) -> tuple[Bool[Array, "b V"], _Rows]:
+    """The first token of each row, from the residual stream at its prompt's last."""
+    return _next(structure.model(leaves).logits(last), seen, rows, settings, ends)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _step(
+    structure: _Structure,
+    leaves: list[Array],
+    memory: _Memory,
+    rows: _Rows,
+    settings: RowSettings,
+    ends: _Ends,
+    stopped: Bool[Array, " b"],
+) -> tuple[_Memory, _Rows]:
+    """The next token of each row; rows that are done, or that the host has stopped, keep what they have."""
+    model = structure.model(leaves)
+    rows = dataclasses.replace(rows, done=rows.done | stopped)
+    hidden, cache = model.hidden(rows.token[:, None], memory.cache)
+    assert cache is not None  # there was one
+    length = jnp.where(rows.done, memory.cache.length, cache.length)
+    seen, rows = _next(model.logits(hidden)[:, 0], memory.seen, rows, settings, ends)
+    return _Memory(dataclasses.replace(cache, length=length), seen), rows
+
+
+def _next(
+    logits: Float[Array, "b V"], seen: Bool[Array, "b V"], rows: _Rows, settings: RowSettings, ends: _Ends
+) -> tuple[Bool[Array, "b V"], _Rows]:
+    chosen = choose(logits, seen, rows.made, settings)
+    token = jnp.where(rows.done, rows.token, chosen)
+    made = rows.made + ~rows.done
+    seen = seen.at[jnp.arange(len(token)), token].set(True)
+    done = rows.done | jnp.isin(token, ends.eos) | (made >= ends.limit)
+    return seen, _Rows(token, made, done)
+
+
+def _stream(
+    model: Decoder, prompts: list[list[int]], samplings: list[Sampling], tokenizer: Any, batch: int
+) -> Iterator[Piece]:
+    structure, leaves = _split(model)
+    for first in range(0, len(prompts), batch):
+        part = slice(first, first + batch)
+        for piece in _run(model, structure, leaves, prompts[part], samplings[part], tokenizer, batch):
+            yield piece._replace(row=first + piece.row)
+
+
+def _run(
+    model: Decoder,
+    structure: _Structure,
+    leaves: list[Array],
+    prompts: list[list[int]],
+    samplings: list[Sampling],
+    tokenizer: Any,
+    batch: int,
+) -> Iterator[Piece]:
+    """The pieces of one batch, of ``batch`` rows of which those after the prompts are empty."""
+    positions = model.config.max_position_embeddings
+    eos = model.config.eos_token_ids
+    # The last token made is never read again and so needs no position: at a full context one can still be made.
+    limits = [min(s.max_tokens, positions - len(p) + 1) for p, s in zip(prompts, samplings, strict=True)]
+    endings = [
+        _Ending(s, tokenizer, eos, limit, _stop_tokens(s.stop, tokenizer))
+        for s, limit in zip(samplings, limits, strict=True)
+    ]
+    live = [row for row, limit in enumerate(limits) if limit]
+    yield from (Piece(row, None, "", "length") for row, limit in enumerate(limits) if not limit)
+    if not live:
+        return
+
+    empty = batch - len(prompts)
+    settings = row_settings([*samplings, *[Sampling()] * empty])
+    ends = _Ends(jnp.asarray([*limits, *[0] * empty], jnp.int32), jnp.asarray(eos or [-1], jnp.int32))
+    memory, rows = _start(model, structure, leaves, [*prompts, *[[0]] * empty], settings, ends)
+    stopped = np.zeros(batch, bool)
+    known = jnp.asarray(stopped)
+    pending = [detokenize.Pending()] * len(prompts)
+    for made in range(1, max(limits) + 1):
+        ahead = None
+        # The next step is under way while the host reads and writes this one's tokens; but the first token does not
+        # wait for the step to be compiled.
+        if made > 1 and any(limits[row] > made for row in live):
+            memory, ahead = _step(structure, leaves, memory, rows, settings, ends, known)
+        tokens = np.asarray(rows.token)
+        for row in list(live):
+            token = int(tokens[row])
+            pending[row], text, why = endings[row].push(pending[row], token, made)
+            if why is not None:
+                live.remove(row)
+                stopped[row] = True
+                if why == "positions":
+                    _warn_full(row, len(prompts), made, samplings[row].max_tokens, positions)
+            yield Piece(row, token, text, why)
+        if not live:
+            return
+        if ahead is None:
+            memory, ahead = _step(structure, leaves, memory, rows, settings, ends, known)
+        rows = ahead
+        known = jnp.asarray(stopped)
+
+
+def _start(
+    model: Decoder,
+    structure: _Structure,
+    leaves: list[Array],
+    prompts: list[list[int]],
+    settings: RowSettings,
+    ends: _Ends,
+) -> tuple[_Memory, _Rows]:
+    """Run the prompts and choose the first token of each row."""
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    starts = range(0, int(lengths.max()), PREFILL)
+    widths = [min(PREFILL, bucket(int(lengths.max()) - start)) for start in starts]
+    tokens = np.zeros((len(prompts), sum(widths)), np.int32)
+    seen = np.zeros((len(prompts), model.config.vocab_size), bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+        seen[row, prompt] = True
+    longest = int((lengths + np.asarray(ends.limit)).max())
+    cache = model.init_cache(len(prompts), bucket(max(longest, tokens.shape[1])))
+    last = jnp.zeros((len(prompts), model.config.hidden_size), model.dtype)
+    for start, width in zip(starts, widths, strict=True):
+        piece = jnp.asarray(tokens[:, start : start + width])
+        cache, last = _prefill(structure, leaves, piece, cache, last, jnp.asarray(lengths))
+    none = jnp.zeros((len(prompts),), jnp.int32)
+    rows = _Rows(none, none, ends.limit == 0)
+    held, rows = _first(structure, leaves, last, jnp.asarray(seen), rows, settings, ends)
+    return _Memory(dataclasses.replace(cache, length=jnp.asarray(lengths)), held), rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ending:
+    """What ends a row, as the host sees it."""
+
+    sampling: Sampling
+    tokenizer: Any
+    eos: tuple[int, ...]
+    limit: int
+    """Tokens that the row may make: ``max_tokens``, or fewer where the model's positions end."""
+    stop_tokens: tuple[int, ...]
+    """Special tokens among the stop strings: the text, which leaves them out, would never show them."""
+
+    def push(
+        self, pending: detokenize.Pending, token: int, made: int
+    ) -> tuple[detokenize.Pending, str, Stop | None]:
+        """Add the row's ``made``-th token: what is pending, the text to write, and why the row ends with it."""
+        why: Stop | None = None
+        if token in self.eos:
+            why = "eos"
+        elif token in self.stop_tokens:
+            why = "stop"
+        elif made == self.limit:
+            why = "length" if made == self.sampling.max_tokens else "positions"
+        if self.tokenizer is None:
+            return pending, "", why
+        stop = self.sampling.stop
+        pending, text, found = detokenize.push(pending, token, self.tokenizer, stop)
+        if why is not None and not found:
+            rest, found = detokenize.flush(pending, self.tokenizer, stop)
+            text += rest
+        return pending, text, "stop" if found else why
+
+
+def _stop_tokens(stop: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
+    if tokenizer is None or not stop:
+        return ()
+    special = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return tuple(special[s] for s in stop if s in special)
+
+
+def _encode(prompt: str | Sequence[int], tokenizer: Any, special_tokens: bool) -> list[int]:
+    if not isinstance(prompt, str):
+        return [int(token) for token in prompt]
+    if tokenizer is None:
+        raise TorqError(f"the prompt {prompt[:40]!r} is a text: pass tokenizer=, or token ids")
+    return list(tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"])
+
+
+def _check(prompt: Sequence[int], model: Decoder) -> None:
+    if not prompt:
+        raise TorqError("the prompt has no tokens")
+    positions = model.config.max_position_embeddings
+    if len(prompt) > positions:
+        raise TorqError(
+            f"the prompt has {len(prompt)} tokens, the model has positions for {positions} (its "
+            "max_position_embeddings): shorten the prompt"
+        )
+    wrong = [token for token in prompt if not 0 <= token < model.config.vocab_size]
+    if wrong:
+        raise TorqError(
+            f"the prompt has token {wrong[0]} outside the vocabulary of {model.config.vocab_size}: was it made by "
+            "another model's tokenizer?"
+        )
+
+
+def _warn_full(row: int, count: int, made: int, wanted: int, positions: int) -> None:
+    of = f"row {row} of {count} " if count > 1 else ""
+    _log.warning(
+        "%sstopped after %d of %d tokens: prompt and text fill the model's %d positions",
+        of,
+        made,
+        wanted,
+        positions,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line."""
-    from torq_jax.checkpoint import load
+    """Command line; see :mod:`torq_jax.terminal`."""
+    from torq_jax import terminal
 
-    parser = argparse.ArgumentParser("python -m torq_jax.generate", description=__doc__)
-    parser.add_argument("directory", help="checkpoint that python -m convert wrote")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
-    try:
-        model, tokenizer, _ = load(options.directory)
-        if tokenizer is None:
-            raise TorqError(f"{options.directory} has no tokenizer: use generate_tokens from Python")
-        prompt = chat_prompt(tokenizer, options.prompt) if options.chat else options.prompt
-        backend = jax.default_backend()
-        print(f"[{select(None)} on {backend}, {model.dtype} activations]", file=sys.stderr)
-        if not options.chat:
-            print(options.prompt, end="", flush=True)
-        for piece in stream_text(
-            model,
-            tokenizer,
-            prompt,
-            special_tokens=not options.chat,
-            max_tokens=options.max_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-        ):
-            print(piece, end="", flush=True)
-        print()
-    except TorqError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return terminal.main(argv)
 
 
 if __name__ == "__main__":
