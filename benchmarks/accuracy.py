@@ -330,10 +330,10 @@ def run_entry(
             "all_modes_seconds": round(time.monotonic() - start, 1),
         }
         for key in ("macro_gain_db", "block_gain_db", "condition_number", "group", "prescale_gain_db"):
-            if report and key in report[0]:
-                result[mode][key] = {
-                    site: float(np.mean([r[key] for r in report if r["site"] == site])) for site in SITES
-                }
+            # A site that is folded has another solver's report.
+            known = {site: [r[key] for r in report if r["site"] == site and key in r] for site in SITES}
+            if any(known.values()):
+                result[mode][key] = {site: float(np.mean(found)) for site, found in known.items() if found}
     return result
 
 
