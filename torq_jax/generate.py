@@ -322,10 +322,11 @@ def _prefill(
 ) -> tuple[KVCache, Float[Array, "b H"]]:
     """Put a piece of the prompts into the cache; ``last`` takes the rows whose prompt ends within it."""
     at = lengths - 1 - cache.length
-    hidden, cache = structure.model(leaves).hidden(tokens, cache)
+    hidden, filled = structure.model(leaves).hidden(tokens, cache)
+    assert filled is not None  # there was one
     ends = (at >= 0) & (at < tokens.shape[1])
     own = jnp.take_along_axis(hidden, jnp.clip(at, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
-    return cache, jnp.where(ends[:, None], own, last)
+    return filled, jnp.where(ends[:, None], own, last)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
