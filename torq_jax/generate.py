@@ -254,22 +254,13 @@ def bucket(length: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """How far each row is; small, and kept for the host to read."""
+    """How far each row is."""
 
     token: Int32[Array, " b"]
     """The last token made; it is not in the cache yet."""
     made: Int32[Array, " b"]
     """Tokens made."""
     done: Bool[Array, " b"]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Memory:
-    """What the rows hold; large, and updated in place."""
-
-    cache: KVCache
-    seen: Bool[Array, "b V"]
-    """Tokens of the prompt and of the text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +273,6 @@ class _Ends:
 
 
 jax.tree_util.register_dataclass(_Rows, ["token", "made", "done"], [])
-jax.tree_util.register_dataclass(_Memory, ["cache", "seen"], [])
 jax.tree_util.register_dataclass(_Ends, ["limit", "eos"], [])
 
 
@@ -322,51 +312,44 @@ def _prefill(
 ) -> tuple[KVCache, Float[Array, "b H"]]:
     """Put a piece of the prompts into the cache; ``last`` takes the rows whose prompt ends within it."""
     at = lengths - 1 - cache.length
-    hidden, cache = structure.model(leaves).hidden(tokens, cache)
+    hidden, filled = structure.model(leaves).hidden(tokens, cache)
+    assert filled is not None  # there was one
     ends = (at >= 0) & (at < tokens.shape[1])
     own = jnp.take_along_axis(hidden, jnp.clip(at, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
-    return cache, jnp.where(ends[:, None], own, last)
+    return filled, jnp.where(ends[:, None], own, last)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode(
+    structure: _Structure, leaves: list[Array], cache: KVCache, rows: _Rows, stopped: Bool[Array, " b"]
+) -> tuple[KVCache, Float[Array, "b H"], _Rows]:
+    """Put each row's last token into the cache; rows that are done, or that the host has stopped, keep their length.
+
+    Returns the cache, the residual stream at these tokens, and the rows, those that were stopped done.
+    """
+    hidden, filled = structure.model(leaves).hidden(rows.token[:, None], cache)
+    assert filled is not None  # there was one
+    rows = dataclasses.replace(rows, done=rows.done | stopped)
+    length = jnp.where(rows.done, cache.length, filled.length)
+    return dataclasses.replace(filled, length=length), hidden[:, 0], rows
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _first(
+def _choose(
     structure: _Structure,
     leaves: list[Array],
-    last: Float[Array, "b H"],
+    hidden: Float[Array, "b H"],
     seen: Bool[Array, "b V"],
     rows: _Rows,
     settings: RowSettings,
     ends: _Ends,
 ) -> tuple[Bool[Array, "b V"], _Rows]:
-    """The first token of each row, from the residual stream at its prompt's last."""
-    return _next(structure.model(leaves).logits(last), seen, rows, settings, ends)
+    """The next token of each row, from the residual stream at its last.
 
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _step(
-    structure: _Structure,
-    leaves: list[Array],
-    memory: _Memory,
-    rows: _Rows,
-    settings: RowSettings,
-    ends: _Ends,
-    stopped: Bool[Array, " b"],
-) -> tuple[_Memory, _Rows]:
-    """The next token of each row; rows that are done, or that the host has stopped, keep what they have."""
-    model = structure.model(leaves)
-    rows = dataclasses.replace(rows, done=rows.done | stopped)
-    hidden, cache = model.hidden(rows.token[:, None], memory.cache)
-    assert cache is not None  # there was one
-    length = jnp.where(rows.done, memory.cache.length, cache.length)
-    seen, rows = _next(model.logits(hidden)[:, 0], memory.seen, rows, settings, ends)
-    return _Memory(dataclasses.replace(cache, length=length), seen), rows
-
-
-def _next(
-    logits: Float[Array, "b V"], seen: Bool[Array, "b V"], rows: _Rows, settings: RowSettings, ends: _Ends
-) -> tuple[Bool[Array, "b V"], _Rows]:
-    chosen = choose(logits, seen, rows.made, settings)
-    token = jnp.where(rows.done, rows.token, chosen)
+    A program of its own: it takes as long to compile as the layers, and serves prefill and decode at any length.
+    """
+    logits = structure.model(leaves).logits(hidden)
+    token = jnp.where(rows.done, rows.token, choose(logits, seen, rows.made, settings))
     made = rows.made + ~rows.done
     seen = seen.at[jnp.arange(len(token)), token].set(True)
     done = rows.done | jnp.isin(token, ends.eos) | (made >= ends.limit)
@@ -376,27 +359,39 @@ def _next(
 def _stream(
     model: Decoder, prompts: list[list[int]], samplings: list[Sampling], tokenizer: Any, batch: int
 ) -> Iterator[Piece]:
-    structure, leaves = _split(model)
+    split = _split(model)
+    positions = model.config.max_position_embeddings
     for first in range(0, len(prompts), batch):
         part = slice(first, first + batch)
-        for piece in _run(model, structure, leaves, prompts[part], samplings[part], tokenizer, batch):
-            yield piece._replace(row=first + piece.row)
+        for piece in _run(model, split, prompts[part], samplings[part], tokenizer, batch):
+            row = first + piece.row
+            if piece.stopped == "positions":
+                _log.warning(
+                    "%sstopped after %d of %d tokens: prompt and text fill the model's %d positions",
+                    f"row {row} of {len(prompts)} " if len(prompts) > 1 else "",
+                    _room(prompts[row], positions),
+                    samplings[row].max_tokens,
+                    positions,
+                )
+            yield piece._replace(row=row)
+
+
+def _room(prompt: Sequence[int], positions: int) -> int:
+    """Tokens that can follow a prompt. The last one is never read again and so needs no position."""
+    return positions - len(prompt) + 1
 
 
 def _run(
     model: Decoder,
-    structure: _Structure,
-    leaves: list[Array],
+    split: tuple[_Structure, list[Array]],
     prompts: list[list[int]],
     samplings: list[Sampling],
     tokenizer: Any,
     batch: int,
 ) -> Iterator[Piece]:
     """The pieces of one batch, of ``batch`` rows of which those after the prompts are empty."""
-    positions = model.config.max_position_embeddings
-    eos = model.config.eos_token_ids
-    # The last token made is never read again and so needs no position: at a full context one can still be made.
-    limits = [min(s.max_tokens, positions - len(p) + 1) for p, s in zip(prompts, samplings, strict=True)]
+    positions, eos = model.config.max_position_embeddings, model.config.eos_token_ids
+    limits = [min(s.max_tokens, _room(p, positions)) for p, s in zip(prompts, samplings, strict=True)]
     endings = [
         _Ending(s, tokenizer, eos, limit, _stop_tokens(s.stop, tokenizer))
         for s, limit in zip(samplings, limits, strict=True)
@@ -407,18 +402,28 @@ def _run(
         return
 
     empty = batch - len(prompts)
+    filled, bounds = [*prompts, *[[0]] * empty], np.array([*limits, *[0] * empty], np.int32)
     settings = row_settings([*samplings, *[Sampling()] * empty])
-    ends = _Ends(jnp.asarray([*limits, *[0] * empty], jnp.int32), jnp.asarray(eos or [-1], jnp.int32))
-    memory, rows = _start(model, structure, leaves, [*prompts, *[[0]] * empty], settings, ends)
+    ends = _Ends(jnp.asarray(bounds), jnp.asarray(np.array(eos or [-1], np.int32)))
+    none = jnp.asarray(np.zeros(batch, np.int32))
+    rows = _Rows(none, none, jnp.asarray(bounds == 0))
+    cache, hidden, seen = _prompts_read(model, split, filled, bounds)
+    seen, rows = _choose(*split, hidden, seen, rows, settings, ends)
+
     stopped = np.zeros(batch, bool)
-    known = jnp.asarray(stopped)
     pending = [detokenize.Pending()] * len(prompts)
+
+    def step(rows: _Rows) -> _Rows:
+        nonlocal cache, seen
+        known = jnp.asarray(stopped.copy())  # the array itself goes on changing
+        cache, hidden, rows = _decode(*split, cache, rows, known)
+        seen, rows = _choose(*split, hidden, seen, rows, settings, ends)
+        return rows
+
     for made in range(1, max(limits) + 1):
-        ahead = None
         # The next step is under way while the host reads and writes this one's tokens; but the first token does not
         # wait for the step to be compiled.
-        if made > 1 and any(limits[row] > made for row in live):
-            memory, ahead = _step(structure, leaves, memory, rows, settings, ends, known)
+        ahead = step(rows) if made > 1 and any(limits[row] > made for row in live) else None
         tokens = np.asarray(rows.token)
         for row in list(live):
             token = int(tokens[row])
@@ -426,26 +431,23 @@ def _run(
             if why is not None:
                 live.remove(row)
                 stopped[row] = True
-                if why == "positions":
-                    _warn_full(row, len(prompts), made, samplings[row].max_tokens, positions)
             yield Piece(row, token, text, why)
         if not live:
             return
-        if ahead is None:
-            memory, ahead = _step(structure, leaves, memory, rows, settings, ends, known)
-        rows = ahead
-        known = jnp.asarray(stopped)
+        rows = step(rows) if ahead is None else ahead
 
 
-def _start(
+def _prompts_read(
     model: Decoder,
-    structure: _Structure,
-    leaves: list[Array],
+    split: tuple[_Structure, list[Array]],
     prompts: list[list[int]],
-    settings: RowSettings,
-    ends: _Ends,
-) -> tuple[_Memory, _Rows]:
-    """Run the prompts and choose the first token of each row."""
+    limits: Int32[np.ndarray, " b"],
+) -> tuple[KVCache, Float[Array, "b H"], Bool[Array, "b V"]]:
+    """Run the prompts.
+
+    Returns a cache that holds them, with room for the tokens to come, the residual stream at the last token of each,
+    and which tokens each has.
+    """
     lengths = np.array([len(p) for p in prompts], np.int32)
     starts = range(0, int(lengths.max()), PREFILL)
     widths = [min(PREFILL, bucket(int(lengths.max()) - start)) for start in starts]
@@ -454,16 +456,13 @@ def _start(
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
         seen[row, prompt] = True
-    longest = int((lengths + np.asarray(ends.limit)).max())
-    cache = model.init_cache(len(prompts), bucket(max(longest, tokens.shape[1])))
+    room = bucket(max(int((lengths + limits).max()), tokens.shape[1]))
+    cache = model.init_cache(len(prompts), room)
     last = jnp.zeros((len(prompts), model.config.hidden_size), model.dtype)
     for start, width in zip(starts, widths, strict=True):
         piece = jnp.asarray(tokens[:, start : start + width])
-        cache, last = _prefill(structure, leaves, piece, cache, last, jnp.asarray(lengths))
-    none = jnp.zeros((len(prompts),), jnp.int32)
-    rows = _Rows(none, none, ends.limit == 0)
-    held, rows = _first(structure, leaves, last, jnp.asarray(seen), rows, settings, ends)
-    return _Memory(dataclasses.replace(cache, length=jnp.asarray(lengths)), held), rows
+        cache, last = _prefill(*split, piece, cache, last, jnp.asarray(lengths))
+    return dataclasses.replace(cache, length=jnp.asarray(lengths)), last, jnp.asarray(seen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -529,17 +528,6 @@ def _check(prompt: Sequence[int], model: Decoder) -> None:
             f"the prompt has token {wrong[0]} outside the vocabulary of {model.config.vocab_size}: was it made by "
             "another model's tokenizer?"
         )
-
-
-def _warn_full(row: int, count: int, made: int, wanted: int, positions: int) -> None:
-    of = f"row {row} of {count} " if count > 1 else ""
-    _log.warning(
-        "%sstopped after %d of %d tokens: prompt and text fill the model's %d positions",
-        of,
-        made,
-        wanted,
-        positions,
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -93,7 +93,7 @@ def row_settings(samplings: Sequence[Sampling]) -> RowSettings:
     """The settings of a batch's rows as arrays."""
 
     def column(name: str, dtype: Any, most: float = math.inf) -> Array:
-        return jnp.asarray([min(getattr(s, name), most) for s in samplings], dtype)
+        return jnp.asarray(np.array([min(getattr(s, name), most) for s in samplings], dtype))
 
     # jax.random.key would drop the upper half of a 64-bit seed; for smaller seeds these are its keys.
     keys = np.array([[s.seed >> 32, s.seed & 0xFFFFFFFF] for s in samplings], np.uint32)
@@ -213,7 +213,7 @@ def _top_p(logits: Float[Array, "b V"], top_p: Float[Array, " b"]) -> Float[Arra
 
 def _ordinals(x: Float[Array, "b V"]) -> Int32[Array, "b V"]:
     """Integers in the order of floats; both zeros alike."""
-    bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.int32)
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 

@@ -255,7 +255,7 @@ def _prompt(
     tokenizer: Any, source: str | list[Turn], chatting: bool, system: str | None, variables: Mapping[str, Any]
 ) -> Prompt:
     if isinstance(source, str) and not chatting:
-        return Prompt(source, list(tokenizer(source)["input_ids"]), source)
+        return Prompt(source, _ids(tokenizer, source), source)
     turns = [{"role": "user", "content": source}] if isinstance(source, str) else source
     if system is not None and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": system}, *turns]
@@ -264,7 +264,12 @@ def _prompt(
 
 def _encode(tokenizer: Any, turns: Sequence[Turn], variables: Mapping[str, Any]) -> list[int]:
     text = chat_prompt(tokenizer, turns, **variables)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _ids(tokenizer, text, add_special_tokens=False)
+
+
+def _ids(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    # Not verbose: a prompt that is too long is told once, by us.
+    return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
 
 def _answer(
@@ -411,7 +416,7 @@ def go_on(
     print("[the model goes on from each line; Ctrl-D leaves]", file=sys.stderr)
     for line in _lines(read):
         try:
-            _write(model, tokenizer, list(tokenizer(line)["input_ids"]), sampling, pace)
+            _write(model, tokenizer, _ids(tokenizer, line), sampling, pace)
         except TorqError as error:
             print(f"error: {error}", file=sys.stderr)
 
