@@ -20,7 +20,6 @@ import jax
 from torq_jax.decoder import Decoder
 from torq_jax.errors import TorqError
 from torq_jax.generate import Piece, chat_prompt, stream
-from torq_jax.matmul import select
 from torq_jax.sampling import Sampling
 
 PROMPT_TOKENS, CHAT_TOKENS = 128, 1024
@@ -113,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         model, tokenizer, _ = load(options.directory)
         if tokenizer is None:
             raise TorqError(f"{options.directory} has no tokenizer: use generate_tokens from Python")
-        print(f"[{select(None)} on {jax.default_backend()}, {model.dtype} activations]", file=sys.stderr)
+        print(f"[{model.implementation} on {jax.default_backend()}, {model.dtype} activations]", file=sys.stderr)
         with pace.listening():
             _dispatch(model, tokenizer, sampling, options, pace)
         print(pace, file=sys.stderr)
