@@ -152,11 +152,12 @@ def candidates(device: str, rows: int, n: int) -> list[Tiles]:
     if rows <= RESIDENT_ROWS:
         widths = (512, 1024, 256, 128)
         return [make(device, RESIDENT_ROWS, w, 32) for w in widths if w <= padded(n) or w == 128]
+    # Many rows rotated at once count most, then wide tiles; tall ones save decoding the weight again.
     return [
-        make(device, r, w, min(t, r))
-        for r in (1024, 512, 256, 128)
+        make(device, r, w, t)
+        for t in (256, 128, 64, 32)
         for w in (512, 256, 128)
-        for t in (256, 128, 32)
+        for r in (1024, 512, 256, 128)
         if t <= r
     ]
 
