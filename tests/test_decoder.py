@@ -83,6 +83,24 @@ def test_cached_decoding_equals_one_pass(golden):
     np.testing.assert_allclose(jnp.concatenate(parts, 1), data["logits"], atol=1e-4, rtol=0)
 
 
+def test_rows_of_different_lengths_share_a_cache(golden):
+    model, data = golden
+    tokens, lengths = np.asarray(data["tokens"]), np.array([5, 12], np.int32)
+    step = nnx.jit(lambda m, x, c: m(x, c))
+    # Row 0's prompt ends early: what follows it is padding that its later tokens overwrite.
+    padded = np.where(np.arange(12) < lengths[:, None], tokens[:, :12], 99)
+    _, cache = step(model, jnp.asarray(padded), model.init_cache(2, 16))
+    cache = dataclasses.replace(cache, length=jnp.asarray(lengths))
+    for width in (1, 1, 2):
+        at = np.asarray(cache.length)[:, None] + np.arange(width)
+        part, cache = step(model, jnp.asarray(np.take_along_axis(tokens, at, 1)), cache)
+        expected = np.take_along_axis(data["logits"], at[..., None], 1)
+        np.testing.assert_allclose(part, expected, atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(cache.length, lengths + 4)
+    with pytest.raises(TorqError, match="room for 16 tokens and holds 16: 1 more do not fit"):
+        model(jnp.zeros((2, 1), jnp.int32), cache)
+
+
 def test_greedy_tokens_equal_hugging_face(golden):
     model, data = golden
     tokens = jnp.asarray(data["prompt"]).reshape(1, -1)
