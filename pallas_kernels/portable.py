@@ -61,7 +61,7 @@ class _Units(NamedTuple):
         return self.blocks // self.group
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         return -(-self.groups // self.each)
 
     @property
@@ -77,30 +77,30 @@ def _units(features: int, inter: Any) -> _Units:
 
 
 def _fill(a: Any, axis: int, units: _Units) -> Any:
-    """``[..., blocks, ...]`` -> ``[..., count, unit, ...]``, filled up with zeros."""
+    """``[..., blocks, ...]`` -> ``[..., number, unit, ...]``, filled up with zeros."""
     before, after = a.shape[:axis], a.shape[axis + 1 :]
     a = a.reshape(*before, units.groups, units.group, *after)
-    more = (units.count * units.each - units.groups, units.wide - units.group)
+    more = (units.number * units.each - units.groups, units.wide - units.group)
     a = jnp.pad(a, [(0, 0)] * axis + [(0, n) for n in more] + [(0, 0)] * len(after))
-    return a.reshape(*before, units.count, units.unit, *after)
+    return a.reshape(*before, units.number, units.unit, *after)
 
 
 def _take(a: Any, units: _Units) -> Any:
     """Inverse of :func:`_fill` for axis 1."""
-    a = a.reshape(a.shape[0], units.count * units.each, units.wide, *a.shape[3:])
+    a = a.reshape(a.shape[0], units.number * units.each, units.wide, *a.shape[3:])
     return a[:, : units.groups, : units.group].reshape(a.shape[0], units.blocks, *a.shape[3:])
 
 
 def _fill_inter(inter: Any, units: _Units) -> Any:
-    """Any shape of an inter -> ``[1 or 32, count, unit, unit]``, groups on the diagonal of their unit."""
+    """Any shape of an inter -> ``[1 or 32, number, unit, unit]``, groups on the diagonal of their unit."""
     positions = BLOCK if by_position(inter.shape, units.blocks) else 1
     size, more = units.group, units.wide - units.group
     groups = inter.reshape(positions, units.groups, size, size)
-    missing = units.count * units.each - units.groups
+    missing = units.number * units.each - units.groups
     groups = jnp.pad(groups, ((0, 0), (0, missing), (0, more), (0, more)))
-    groups = groups.reshape(positions, units.count, units.each, units.wide, units.wide)
+    groups = groups.reshape(positions, units.number, units.each, units.wide, units.wide)
     full = jnp.einsum("kueab,ef->kueafb", groups, jnp.eye(units.each, dtype=groups.dtype))
-    return full.reshape(positions, units.count, units.unit, units.unit)
+    return full.reshape(positions, units.number, units.unit, units.unit)
 
 
 # ---------------------------------------------------------------- activations
@@ -151,7 +151,7 @@ def _activations(x: Any, inter: Any, intra: Any, rule: Rule | None, tiles: Tiles
     """Codes and scales, or values in the dtype of ``x``: ``[M, blocks, ...]``, M a multiple of ``tiles.rows``."""
     rows, features = x.shape
     units = _units(features, inter)
-    x = _fill(x.reshape(rows, units.blocks, BLOCK), 1, units)  # [M, count, unit, 32]
+    x = _fill(x.reshape(rows, units.blocks, BLOCK), 1, units)  # [M, number, unit, 32]
     row_tile = min(rows, LEAST)  # a program holds 512 features of its rows in registers
     steps = units.unit // LEAST
     in_specs = [pl.BlockSpec((row_tile, None, units.unit, BLOCK), lambda m, u, h: (m, u, 0, 0))]
@@ -170,7 +170,7 @@ def _activations(x: Any, inter: Any, intra: Any, rule: Rule | None, tiles: Tiles
                 (lambda m, u, h: (0, 0, 0, 0)) if shared else (lambda m, u, h: (u, h, 0, 0)),
             )
         )
-    outer = (rows, units.count, units.unit)
+    outer = (rows, units.number, units.unit)
     if rule is None:
         shapes = [jax.ShapeDtypeStruct((*outer, BLOCK), x.dtype)]
     else:
@@ -181,7 +181,7 @@ def _activations(x: Any, inter: Any, intra: Any, rule: Rule | None, tiles: Tiles
     made = pl.pallas_call(
         functools.partial(_activation_kernel, inter=inter is not None, intra=intra is not None, rule=rule),
         out_shape=shapes,
-        grid=(rows // row_tile, units.count, steps),
+        grid=(rows // row_tile, units.number, steps),
         in_specs=in_specs,
         out_specs=[
             pl.BlockSpec(
@@ -216,7 +216,7 @@ def _matmul_kernel(*refs: Any, depth: int, rounded: bool) -> None:
     exact = lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
     def step(i: Any, total: Any) -> Any:
-        x = _decoded(*left, i, depth, dtype) if rounded else left[0][:, pl.ds(i * depth, depth)]
+        x = _decoded(left[0], left[1], i, depth, dtype) if rounded else left[0][:, pl.ds(i * depth, depth)]
         w = _decoded(codes_ref, scales_ref, i, depth, dtype)
         return total + jnp.dot(x, w.T, precision=exact, preferred_element_type=jnp.float32)
 
@@ -318,6 +318,7 @@ def _padded_rows(x: Any) -> Any:
     return jnp.pad(x, ((0, -x.shape[0] % LEAST), (0, 0)))
 
 
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def rotate(
     x: Float[Array, "m k"],
     inter: Any,
@@ -334,6 +335,7 @@ def rotate(
     return values.reshape(-1, x.shape[1])[: x.shape[0]]
 
 
+@functools.partial(jax.jit, static_argnames=("rule", "tiles", "interpret"))
 def rotate_quantize(
     x: Float[Array, "m k"],
     inter: Any = None,
@@ -366,6 +368,7 @@ def rotate_quantize(
     return codes, scales
 
 
+@functools.partial(jax.jit, static_argnames=("rule", "tiles", "interpret"))
 def rotate_quantize_matmul(
     x: Float[Array, "m k"],
     inter: Any,

@@ -6,22 +6,35 @@ import numpy as np
 import pytest
 
 from pallas_kernels import elements, portable, reference
-from tests.test_tpu_kernels import exact_case
 from torq_jax import mxfp4
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
+
+def exact_case(m, k, n, inter, intra, dtype, seed=0):
+    """Integers and matrices of few quarters: float32 sums are exact in any order, so results are equal bit by bit."""
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.integers(-40, 41, (m, k)), dtype)
+
+    def matrix(shape):
+        if shape is None:
+            return None
+        few = rng.random(shape) < min(1, 4 / shape[-1])
+        return jnp.asarray(rng.integers(-2, 3, shape) / 4 * few, F32)
+
+    w = rng.standard_normal((n, k)) * np.exp(rng.standard_normal((n, 1)))
+    return x, matrix(inter), matrix(intra), mxfp4.quantize(w.astype(np.float32), "even")
+
+
 # m, k, n, inter, intra, rule, dtype
 CASES = [
-    (1, 256, 128, None, None, "even", BF16),
-    (5, 96, 40, None, (32, 32), "even", BF16),
-    (16, 256, 208, (8, 8), (32, 32), "floor", BF16),
+    (1, 96, 40, None, (32, 32), "even", BF16),
+    (2, 256, 208, (8, 8), (32, 32), "floor", BF16),
     (3, 576, 200, (32, 9, 2, 2), (18, 32, 32), "ceil", BF16),
     (3, 288, 64, (32, 9, 9), None, "even", BF16),
     (17, 512, 256, (32, 1, 16, 16), (16, 32, 32), "even", F32),
-    (40, 1024, 128, (32, 1, 32, 32), (32, 32, 32), "even", BF16),
-    (70, 192, 64, (2, 3, 3), (32, 32), "floor", BF16),
-    (17, 256, 128, None, (8, 32, 32), None, BF16),
+    pytest.param(*(40, 1024, 128, (32, 1, 32, 32), (32, 32, 32), "even", BF16), marks=pytest.mark.slow),
+    (70, 192, 64, (2, 3, 3), (32, 32), None, BF16),
     (5, 256, 128, (32, 8, 1, 1), None, None, F32),
     (5, 96, 16, None, None, None, BF16),
 ]
@@ -40,7 +53,7 @@ def test_codes_and_products_equal_the_reference(m, k, n, inter, intra, rule, dty
         w,
         rule,
     )
-    if rule is not None:
+    if rule is not None and dtype == BF16:
         check_codes(
             portable.rotate_quantize(x, inter, intra, rule=rule, interpret=True), x, inter, intra, rule
         )
@@ -56,8 +69,8 @@ def check_product(run, x, inter, intra, w, rule):
     """A product against the reference, within the error of float32 sums.
 
     Rounded operands' products are exact in both: E2M1 has two significant bits. With activations in float, bfloat16
-    by E2M1 is exact, too, and float32 by E2M1 is rounded once. k float32 sums in another order differ by k units in the
-    last place of the sum of magnitudes at most, and the result is rounded once to its dtype.
+    by E2M1 is exact, too, and float32 by E2M1 is rounded once. k float32 sums in another order differ by k units in
+    the last place of the sum of magnitudes at most, and the result is rounded once to its dtype.
     """
     z = reference.rotate(x, inter, intra)
     rounded = z.astype(x.dtype) if rule is None else mxfp4.quantize_dequantize(z, rule)
@@ -96,7 +109,7 @@ def test_elements_are_those_of_mxfp4_for_every_kind_of_pattern(rule):
 
 def test_random_data_differs_at_rounding_boundaries_only():
     keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (33, 512), BF16)
+    x = jax.random.normal(keys[0], (16, 512), BF16)
     inter = jax.random.normal(keys[1], (32, 4, 4, 4)) / 2
     intra = jax.random.normal(keys[2], (16, 32, 32)) / 6
     z = reference.rotate(x, inter, intra)
