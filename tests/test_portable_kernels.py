@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import torq_jax
 from pallas_kernels import elements, portable, reference
-from torq_jax import mxfp4
+from torq_jax import mxfp4, tpu
+from torq_jax.errors import TorqError
+from torq_jax.matmul import matmul
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
@@ -164,3 +167,37 @@ def test_errors_name_what_is_wrong():
         call(good, intra=jnp.zeros((4, 32, 32)))
     with pytest.raises(ValueError, match=r"shape \(0, 256\): must be \[M, K\] with M at least 1"):
         call(jnp.zeros((0, 256), BF16))
+
+
+@pytest.mark.parametrize("features, group", [(192, 3), (256, 4)])
+def test_matmul_runs_on_them_by_name(features, group):
+    keys = jax.random.split(jax.random.key(5), 3)
+    x = jax.random.normal(keys[0], (2, 9, features - 5)) * jnp.exp(
+        jax.random.normal(keys[1], (features - 5,))
+    )
+    w = jnp.pad(jax.random.normal(keys[2], (40, features - 5)), ((0, 0), (0, 5)))
+    whole = jnp.pad(x.reshape(18, -1), ((0, 0), (0, 5)))
+    transform = torq_jax.fit(whole, "two_level", weight=w, group=group)
+    weight = mxfp4.quantize(torq_jax.fold(w, transform), "mse")
+    run = lambda name: matmul(x, weight, transform, activation_scale="even", implementation=name)  # noqa: E731
+    got, want = run("portable_interpret"), run("xla")
+    assert got.shape == (2, 9, 40) and got.dtype == x.dtype
+    # float32: the same codes, but where a sum of another order crosses a rounding boundary, a few of 18 rows at most;
+    # then products summed in another order.
+    close = np.isclose(got, want, rtol=1e-4, atol=1e-5 * float(jnp.abs(want).max())).all(-1)
+    assert close.mean() >= 16 / 18, close
+
+
+def test_matmul_refuses_what_they_cannot_run():
+    weight = mxfp4.quantize(jnp.ones((8, 64)), "mse")
+    x = jnp.ones((2, 64))
+    with pytest.raises(TorqError, match="implementation 'portable' needs a GPU, the backend is cpu"):
+        matmul(x, weight, implementation="portable")
+    with pytest.raises(TorqError, match="the kernels cannot apply scale rule 'mse' in one pass"):
+        matmul(x, weight, activation_scale="mse", implementation="portable_interpret")
+    with pytest.raises(TorqError, match="activations have 128 features, the weight 64"):
+        matmul(jnp.ones((2, 128)), weight, implementation="portable_interpret")
+    with pytest.raises(
+        TorqError, match="packed for the TPU kernels: implementation 'portable_interpret' needs"
+    ):
+        matmul(x, tpu.pack(weight, dtype=jnp.float32), implementation="portable_interpret")

@@ -88,14 +88,14 @@ def test_what_the_kernels_cannot_run_stays_and_is_said(converted, caplog):
     site.form = dataclasses.replace(site.form, activation_scale="mse")
     decoder.pack(model, "tpu_interpret")
     assert site.packed is None and model.stacks()[0].mlp_in.packed is not None
-    assert (
-        "site attn_out runs as XLA compiles it, not on the TPU kernels: the TPU kernels cannot" in caplog.text
-    )
+    assert "site attn_out runs as XLA compiles it, not on the TPU kernels: the kernels cannot" in caplog.text
     assert model(jnp.zeros((1, 2), jnp.int32))[0].shape[:2] == (1, 2)
 
 
 def test_implementations_that_cannot_run_are_errors(converted):
     with pytest.raises(TorqError, match="implementation 'tpu' needs a TPU, the backend is cpu"):
         torq_jax.load(converted, implementation="tpu")
+    with pytest.raises(TorqError, match="implementation 'portable_interpret' runs single products only"):
+        torq_jax.load(converted, implementation="portable_interpret")
     with pytest.raises(TorqError, match="implementation 'tpu_interpret' needs packed weights"):
         torq_jax.load(converted, implementation="tpu_interpret", dequantize=True)

@@ -504,14 +504,19 @@ def pack(model: Decoder, implementation: str | None = None) -> Decoder:
     Args:
       model: with packed weights; it is changed.
       implementation: None for the kernels on a TPU and for XLA elsewhere; or one of
-        :data:`torq_jax.matmul.IMPLEMENTATIONS`.
+        :data:`torq_jax.matmul.IMPLEMENTATIONS` that a decoder has.
 
     Raises:
-      TorqError: an implementation that does not exist or cannot run here.
+      TorqError: an implementation that does not exist, cannot run here or has no form for a decoder.
     """
     chosen = select(implementation)
     if chosen == "xla":
         return model
+    if chosen not in ("tpu", "tpu_interpret"):
+        raise TorqError(
+            f"implementation {chosen!r} runs single products only, by torq_jax.matmul: a decoder runs on xla, tpu or "
+            "tpu_interpret"
+        )
     generation = INTERPRETED_AS if chosen == "tpu_interpret" else None
     left: dict[str, str] = {}
     for stack in model.stacks():

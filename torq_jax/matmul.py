@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels import portable
 from pallas_kernels.reference import RULES
 from torq_jax import mxfp4, mxfp8, rotation, tpu
 from torq_jax.errors import TorqError
@@ -18,8 +19,11 @@ from torq_jax.mxfp8 import MXFP8Array
 from torq_jax.rotation import TwoLevelRotation
 from torq_jax.tpu import TPULinear
 
-IMPLEMENTATIONS = ("tpu", "xla", "tpu_interpret")
-"""Implementations that exist, best first; the last runs the TPU's kernel in Pallas's interpretation, slowly."""
+IMPLEMENTATIONS = ("tpu", "xla", "portable", "tpu_interpret", "portable_interpret")
+"""Implementations that exist, best first as far as that is known: "portable" is plain Pallas for any GPU, and is not
+chosen by itself until it has been timed on one. The last two run the kernels in Pallas's interpretation, slowly."""
+
+_BACKENDS = {"tpu": "tpu", "portable": "gpu"}
 
 INTERPRETED_AS = "v6e"
 """The generation whose tiles an interpreted kernel uses."""
@@ -63,6 +67,9 @@ def matmul(
         scale rule of it that does not exist, or shapes that do not fit.
     """
     chosen = select(implementation, weight, activation_scale, activation_format)
+    if chosen in ("portable", "portable_interpret"):
+        assert isinstance(weight, MXFP4Array)  # select() refuses the rest
+        return _portable(x, weight, transform, activation_scale, interpret=chosen != "portable")
     if chosen != "xla":
         if isinstance(weight, TPULinear):
             if transform is not None:
@@ -76,6 +83,42 @@ def matmul(
     assert not isinstance(weight, TPULinear)
     prepared = prepare(x, transform, activation_scale, activation_format)
     return dot(prepared, weight, rounded=activation_scale is not None)
+
+
+def _portable(
+    x: Float[Array, "*batch features"],
+    weight: MXFP4Array,
+    transform: TwoLevelRotation | None,
+    activation_scale: str | None,
+    *,
+    interpret: bool,
+) -> Float[Array, "*batch out"]:
+    """The plain Pallas kernels of :mod:`pallas_kernels.portable`."""
+    if weight.axis != -1 or weight.codes.ndim != 2:
+        raise TorqError(
+            f"a weight of shape {weight.shape} blocked along axis {weight.axis}: must be [out, features]"
+        )
+    outputs, features = weight.codes.shape[0], weight.codes.shape[1] * 2
+    size = x.shape[-1]
+    if not 0 <= features - size < mxfp4.BLOCK:
+        raise TorqError(f"activations have {size} features, the weight {features}")
+    if transform is not None and transform.features != features:
+        raise TorqError(f"the weight has {features} features, the rotation {transform.features}")
+    rows = jnp.pad(x.reshape(-1, size), ((0, 0), (0, features - size)))
+    inter, intra = (None, None) if transform is None else (transform.inter, transform.intra)
+    try:
+        y = portable.rotate_quantize_matmul(
+            rows,
+            inter,
+            intra,
+            weight.codes,
+            weight.scales,
+            rule=activation_scale,  # type: ignore[arg-type]  # refused by its name
+            interpret=interpret,
+        )
+    except ValueError as error:
+        raise TorqError(str(error)) from error
+    return y.reshape(*x.shape[:-1], outputs)
 
 
 def select(
@@ -109,10 +152,15 @@ def select(
         )
     if chosen != "xla" and why is not None:
         raise TorqError(why)
-    if chosen == "tpu" and backend != "tpu":
+    needed = _BACKENDS.get(chosen, backend)
+    if backend != needed:
         raise TorqError(
-            f"implementation 'tpu' needs a TPU, the backend is {backend}: use 'xla', or 'tpu_interpret' to try the "
-            "kernel slowly"
+            f"implementation {chosen!r} needs a {needed.upper()}, the backend is {backend}: use 'xla', or "
+            f"'{chosen}_interpret' to try the kernel slowly"
+        )
+    if chosen.startswith("portable") and packed:
+        raise TorqError(
+            f"this weight is packed for the TPU kernels: implementation {chosen!r} needs the MXFP4Array"
         )
     if implementation is None:
         _announce(chosen, backend, why if backend == "tpu" else None)
@@ -120,14 +168,14 @@ def select(
 
 
 def unfit(weight: Any, activation_scale: str | None, activation_format: str) -> str | None:
-    """Why the TPU kernels cannot run a product with such operands; None if they can."""
+    """Why the kernels cannot run a product with such operands; None if they can."""
     if not isinstance(weight, MXFP4Array | TPULinear | None):
-        return f"the TPU kernels multiply MXFP4 weights, not {type(weight).__name__}"
+        return f"the kernels multiply MXFP4 weights, not {type(weight).__name__}"
     if activation_scale is not None and activation_format != "mxfp4":
-        return f"the TPU kernels round activations to mxfp4, not {activation_format}"
+        return f"the kernels round activations to mxfp4, not {activation_format}"
     if activation_scale not in (None, *RULES):
         return (
-            f"the TPU kernels cannot apply scale rule {activation_scale!r} in one pass: must be one of "
+            f"the kernels cannot apply scale rule {activation_scale!r} in one pass: must be one of "
             f"{', '.join(RULES)}"
         )
     return None

@@ -112,7 +112,9 @@ def main(argv: list[str] | None = None) -> int:
         model, tokenizer, _ = load(options.directory)
         if tokenizer is None:
             raise TorqError(f"{options.directory} has no tokenizer: use generate_tokens from Python")
-        print(f"[{model.implementation} on {jax.default_backend()}, {model.dtype} activations]", file=sys.stderr)
+        print(
+            f"[{model.implementation} on {jax.default_backend()}, {model.dtype} activations]", file=sys.stderr
+        )
         with pace.listening():
             _dispatch(model, tokenizer, sampling, options, pace)
         print(pace, file=sys.stderr)
