@@ -169,15 +169,18 @@ def test_errors_name_what_is_wrong():
         call(jnp.zeros((0, 256), BF16))
 
 
-@pytest.mark.parametrize("features, group", [(192, 3), (256, 4)])
+@pytest.mark.parametrize("features, group", [pytest.param(192, 3, marks=pytest.mark.slow), (256, 4)])
 def test_matmul_runs_on_them_by_name(features, group):
     keys = jax.random.split(jax.random.key(5), 3)
     x = jax.random.normal(keys[0], (2, 9, features - 5)) * jnp.exp(
         jax.random.normal(keys[1], (features - 5,))
     )
     w = jnp.pad(jax.random.normal(keys[2], (40, features - 5)), ((0, 0), (0, 5)))
-    whole = jnp.pad(x.reshape(18, -1), ((0, 0), (0, 5)))
-    transform = torq_jax.fit(whole, "two_level", weight=w, group=group)
+    blocks = features // 32
+    orthogonal = lambda key, *shape: jnp.linalg.qr(jax.random.normal(key, shape))[0]  # noqa: E731
+    transform = torq_jax.TwoLevelRotation(
+        orthogonal(keys[1], 32, blocks // group, group, group), orthogonal(keys[2], blocks, 32, 32), features
+    )
     weight = mxfp4.quantize(torq_jax.fold(w, transform), "mse")
     run = lambda name: matmul(x, weight, transform, activation_scale="even", implementation=name)  # noqa: E731
     got, want = run("portable_interpret"), run("xla")

@@ -29,7 +29,7 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama3", "qwen3"])
+@pytest.fixture(scope="module", params=["llama3", pytest.param("qwen3", marks=pytest.mark.slow)])
 def converted(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("converted") / request.param
     arguments = [

@@ -88,7 +88,7 @@ def check_exact(m, k, n, inter, intra, rule, dtype, kind, rows, interpret):
     assert bool((jnp.abs(y.astype(F32) - want) <= bound * (1 + 2**-6)).all())
 
 
-@pytest.mark.parametrize("m, rows", [(5, 64), (150, 256)])
+@pytest.mark.parametrize("m, rows", [(5, 64), pytest.param(150, 256, marks=pytest.mark.slow)])
 def test_a_layer_of_a_stack_is_that_layer(m, rows):
     cases = [exact_case(m, 256, 200, (32, 2, 4, 4), (8, 32, 32), BF16, seed) for seed in range(3)]
     rotations = [tpu.prepare_rotation(inter, intra, 256) for _, inter, intra, _ in cases]

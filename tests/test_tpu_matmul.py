@@ -28,7 +28,10 @@ def expected(x, weights, transform, rule):
     return jnp.concatenate(wanted, -1).reshape(*x.shape[:-1], -1)
 
 
-@pytest.mark.parametrize("method, options", [("two_level", {"group": 4}), ("torq", {}), ("hadamard", {})])
+@pytest.mark.parametrize(
+    "method, options",
+    [pytest.param("two_level", {"group": 4}, marks=pytest.mark.slow), ("torq", {}), ("hadamard", {})],
+)
 def test_a_site_runs_in_one_call(method, options):
     x, weights, transform = site(256, (96, 64), method, **options)
     linear = tpu.pack(weights, transform)
