@@ -2,23 +2,23 @@
 activations in shared memory.
 
 Tensor cores of sm_90 have no 4-bit type. MXFP4 values are exact in bfloat16, so the product of decoded operands is
-exact but for float32 sums, at the bfloat16 rate; what is saved is the weight's bytes. ``wgmma`` takes its left operand
-from registers: the weight is the left one and the activations the right, so that decoded weights never go back to
-memory, and 8 tokens are as wide as a product need be. Results leave transposed.
+exact but for float32 sums, at the bfloat16 rate; what is saved is the weight's bytes. ``wgmma`` takes its left
+operand from registers: the weight is the left one and the activations the right, so that decoded weights never go
+back to memory, and 8 tokens are as wide as a product need be. Results leave transposed.
 
-A block of threads has two warpgroups that decode and multiply, 64 outputs each, and one that only starts TMA copies,
-``emit_pipeline_warp_specialized``. While one warpgroup decodes, the other one's ``wgmma`` runs. Decoding costs a shift,
-a mask and a product for two weights (:class:`pallas_kernels.layout.HopperWeight`); ``_decode`` writes these as they
-are, on whole 32-bit registers, because two 16-bit lanes of a register cannot be shifted together in Pallas. The
-interpreter cannot run it and takes ``_decode_plainly``, which computes the same from the same words.
+A block of threads has two warpgroups that decode and multiply, 64 outputs each, and one that only starts TMA copies
+(``emit_pipeline_warp_specialized``). While one warpgroup decodes, the other one's ``wgmma`` can run. Decoding costs
+a shift, a mask and a product for two weights (:class:`pallas_kernels.layout.HopperWeight`); :func:`_decode` writes
+these as they are, on whole 32-bit registers, because Pallas cannot shift two 16-bit lanes of a register together.
+The interpreter runs neither that nor products of registers: it takes :func:`_decode_plainly`, which computes the same
+from the same words, by way of shared memory.
 
 Activations are rotated and rounded by a kernel of their own, that of :mod:`pallas_kernels.portable`: fused into this
-one, every one of 32 to 112 tiles of outputs would do it again, and rounding a row of 16 x 4096 takes as many
-instructions as decoding a tile's weights does. It writes rounded values as bfloat16, not codes: a quarter of the bytes
-matter little beside the weight's, and no tile decodes them again.
+one, every one of 32 to 112 tiles of outputs would do it again, and rounding 16 rows of 4096 takes as many
+instructions as decoding a tile's weights does. It writes rounded values as bfloat16, not codes: their bytes matter
+little beside the weight's, and no tile decodes them again.
 
-With few tokens and few outputs there are fewer tiles than multiprocessors: K is split, the parts' float32 sums are
-added by XLA.
+With few tokens and few outputs there are fewer tiles than multiprocessors: K is split, and XLA adds the parts.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
@@ -62,11 +63,11 @@ def choose(rows: int, k: int, n: int, cores: int = CORES) -> Tiles:
 
     A choice by reasoning, not by measurements.
     """
-    tokens = next((t for t in (8, 16, 32, 64, 128) if rows <= t), 256)
+    tokens = next((t for t in (8, 16, 32, 64) if rows <= t), 128)
     tiles = -(-rows // tokens) * -(-n // HOPPER_ROWS)
     steps = -(-k // HOPPER_STEP)
     splits = 1
-    # Only for a single column of tiles: the parts' sums are written and read in float32.
+    # Parts are written and read in float32: not for many rows.
     while (
         rows <= 64
         and tiles * splits * 2 <= cores
@@ -74,7 +75,7 @@ def choose(rows: int, k: int, n: int, cores: int = CORES) -> Tiles:
         and steps // (splits * 2) >= 4
     ):
         splits *= 2
-    stages = 2 if tokens >= 128 else 4 if tokens == 64 else 5
+    stages = 2 if tokens == 128 else 3 if tokens == 64 else 5
     return Tiles(tokens, max(1, min(stages, steps // splits)), splits)
 
 
@@ -93,8 +94,8 @@ def require() -> Any:
     if jax.__version_info__[:2] < LEAST_JAX:
         wanted = ".".join(map(str, LEAST_JAX))
         raise ImportError(
-            f"the Hopper and Blackwell kernels need jax {wanted} or later, this is jax {jax.__version__}: use Python 3.12 "
-            f"and pip install 'jax[cuda13]>={wanted}', or implementation='portable' or 'xla'"
+            f"the Hopper and Blackwell kernels need jax {wanted} or later, this is jax {jax.__version__}: use Python "
+            f"3.12 and pip install 'jax[cuda13]>={wanted}', or implementation='portable' or 'xla'"
         )
     from jax.experimental.pallas import mosaic_gpu
 
@@ -108,7 +109,7 @@ def _decode(plgpu: Any, words: Any, scales: Any, t: int) -> Any:
     """
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, vector
-    from jax.experimental.mosaic.gpu import fragmented_array
+    from jax.experimental.mosaic import gpu as mgpu
 
     row = plgpu.Layout.WGMMA.reduce(1)
 
@@ -120,25 +121,25 @@ def _decode(plgpu: Any, words: Any, scales: Any, t: int) -> Any:
         i32, i16 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(16)
         one, pair = ir.VectorType.get((1,), i32), ir.VectorType.get((2,), ir.BF16Type.get())
 
-        def constant(value: int) -> Any:
-            return arith.constant(i32, ir.IntegerAttr.get(i32, value - (value >> 31 << 32)))
+        def constant(of: Any, value: int) -> Any:
+            return mgpu.c(value - (value >> 31 << 32), of)
 
         def masked(word: Any, move: int, mask: int) -> Any:
             if move:
                 shift = arith.shli if move > 0 else arith.shrui
-                word = shift(word, constant(abs(move)))
-            return arith.andi(word, constant(mask * 0x10001))
+                word = shift(word, constant(i32, abs(move)))
+            return arith.andi(word, constant(i32, mask * 0x10001))
 
         def multiplier(register: Any) -> Any:
             byte = vector.extract(register, dynamic_position=[], static_position=[0])
-            field = arith.shli(arith.extui(i16, byte), arith.constant(i16, ir.IntegerAttr.get(i16, 7)))
+            field = arith.shli(arith.extui(i16, byte), constant(i16, 7))
             return vector.broadcast(pair, arith.bitcast(ir.BF16Type.get(), field))
 
         # A register of the words has two columns of a row, the second index is the group of eight columns, the fifth
         # the upper or lower row of two eight apart; of the scales, the third.
         multipliers = [[multiplier(s.registers[0, 0, h, 0, 0]) for h in range(2)] for s in (low, high)]
         made = words.registers.copy()
-        for place, register in zip(_indices(words.registers.shape), words.registers.flat, strict=True):
+        for place, register in np.ndenumerate(words.registers):
             word = vector.extract(vector.bitcast(one, register), dynamic_position=[], static_position=[0])
             if t < 3:
                 value = masked(word, 3 * t, 0x81C0)
@@ -147,15 +148,9 @@ def _decode(plgpu: Any, words: Any, scales: Any, t: int) -> Any:
                 value = arith.ori(value, masked(word, 4, 0x8000))
             value = vector.bitcast(pair, vector.broadcast(one, value))
             made[place] = arith.mulf(value, multipliers[place[1] // 4][place[4]])
-        return fragmented_array.FragmentedArray(_registers=made, _layout=words.layout, _is_signed=None)
+        return mgpu.FragmentedArray(_registers=made, _layout=words.layout, _is_signed=None)
 
     return decode(words, *scales)
-
-
-def _indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    import numpy as np
-
-    return list(np.ndindex(*shape))
 
 
 def _decode_plainly(words: Any, scales: Any, t: int) -> Any:
@@ -174,10 +169,12 @@ def _kernel(
     factor_gmem: Any,
     out_gmem: Any,
     out_smem: Any,
-    **options: Any,
+    weight_smem: Any,
+    *,
+    plgpu: Any,
+    tiles: Tiles,
 ) -> None:
-    """Tiles of ``out [splits, M, N]`` (``[splits, N, M]`` of sums that are parts), one after another in each block."""
-    plgpu, tiles, interpreted = options["plgpu"], options["tiles"], options["interpreted"]
+    """Tiles of ``out [1, M, N]``, or ``[splits, N, M]`` of sums that are parts, one after another in each block."""
     tokens, splits = tiles.tokens, tiles.splits
     row = plgpu.Layout.WGMMA.reduce(1)
     group = lax.axis_index("wg")
@@ -206,9 +203,14 @@ def _kernel(
         words = plgpu.load(words_smem.at[mine], layout=plgpu.Layout.WGMMA)
         for t in range(4):
             scales = [plgpu.load(exponents_smem.at[2 * t + i, mine], layout=row) for i in range(2)]
-            weight = _decode_plainly(words, scales, t) if interpreted else _decode(plgpu, words, scales, t)
-            x = x_smem.at[:, pl.ds(t * _SLAB, _SLAB)]
-            plgpu.wgmma(total, weight, plgpu.transpose_ref(x, (1, 0)))
+            x = x_smem.at[:, pl.ds(t * _SLAB, _SLAB)].transpose((1, 0))
+            if weight_smem is None:
+                plgpu.wgmma(total, _decode(plgpu, words, scales, t), x)
+                continue
+            plgpu.wgmma_wait(0)
+            weight_smem[group] = _decode_plainly(words, scales, t)
+            plgpu.commit_smem()
+            plgpu.wgmma(total, weight_smem.at[group], x)
         plgpu.wgmma_wait(0)
         return total
 
@@ -237,7 +239,7 @@ def _kernel(
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     target = out_gmem.at[split, outputs, rows].at[mine]
                     if splits == 1:
-                        plgpu.transpose_ref(out_smem.at[group], (1, 0))[...] = y
+                        out_smem.at[group].transpose((1, 0))[...] = y
                         target = out_gmem.at[split, rows, outputs].at[:, mine]
                     else:
                         out_smem[group] = y
@@ -294,9 +296,10 @@ def matmul(
     if size % BLOCK or -(-size // HOPPER_STEP) * HOPPER_STEP != full:
         raise ValueError(f"activations have {size} features, the weight {full}")
     tiles = choose(rows, full, outputs, cores) if tiles is None else tiles
-    if tiles.tokens not in (8, 16, 32, 64, 128, 256) or full // HOPPER_STEP % tiles.splits:
+    if tiles.tokens not in (8, 16, 32, 64, 128) or full // HOPPER_STEP % tiles.splits:
         raise ValueError(
-            f"{tiles} do not fit {full} features: tokens must be 8, 16, ... or 256, splits divide {full // HOPPER_STEP}"
+            f"{tiles} do not fit {full} features: tokens must be 8, 16, 32, 64 or 128, "
+            f"splits divide {full // HOPPER_STEP}"
         )
     result = jnp.dtype(jnp.float32 if tiles.splits > 1 else dtype)
     needed = shared_memory(tiles, result.itemsize)
@@ -312,24 +315,23 @@ def matmul(
         shape, part = (1, x.shape[0], outputs), (2, tiles.tokens, _HALF)
     else:
         shape, part = (tiles.splits, outputs, x.shape[0]), (2, _HALF, tiles.tokens)
-    swizzle = min(128, part[-1] * result.itemsize)
+
+    def shared(shape: tuple[int, ...], dtype: Any) -> Any:
+        swizzle = min(128, shape[-1] * dtype.itemsize)
+        tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))
+        return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
     y = plgpu.kernel(
-        functools.partial(_kernel, plgpu=plgpu, tiles=tiles, interpreted=interpret is not None),
+        functools.partial(_kernel, plgpu=plgpu, tiles=tiles),
         out_type=jax.ShapeDtypeStruct(shape, result),
         grid=(min(cores, count),),
         grid_names=("block",),
         num_threads=3,
         thread_name="wg",
-        scratch_types={
-            "out_smem": plgpu.SMEM(
-                part,
-                result,
-                transforms=(
-                    plgpu.TilingTransform((8, swizzle // result.itemsize)),
-                    plgpu.SwizzleTransform(swizzle),
-                ),
-            )
-        },
+        scratch_types=[
+            shared(part, result),
+            None if interpret is None else shared((2, _HALF, _SLAB), jnp.dtype(jnp.bfloat16)),
+        ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
         kernel_name="torq_hopper_matmul",
@@ -349,7 +351,7 @@ def rotate_quantize_matmul(
     cores: int = CORES,
     interpret: Any = None,
 ) -> Float[Array, "m n"]:
-    """``round(rotate(x)) @ weight.T``, in two kernels: :func:`pallas_kernels.portable.rotate_round` and :func:`matmul`.
+    """``round(rotate(x)) @ weight.T``, in two kernels: ``portable.rotate_round`` and :func:`matmul`.
 
     Args:
       x: ``[M, K]`` bfloat16 or float32, any M from 1.
@@ -365,8 +367,8 @@ def rotate_quantize_matmul(
     """
     if rule is None and x.dtype == jnp.float32:
         raise ValueError(
-            "float32 activations that are not rounded to MXFP4 have no exact product on Hopper's tensor cores: cast them "
-            "to bfloat16, or use implementation='portable'"
+            "float32 activations that are not rounded to MXFP4 have no exact product on Hopper's tensor cores: cast "
+            "them to bfloat16, or use implementation='portable'"
         )
     if rule is not None or inter is not None or intra is not None:
         z = portable.rotate_round(x, inter, intra, rule=rule, interpret=interpret is not None)

@@ -188,11 +188,12 @@ _FIELD = ((8, 7, 6), (5, 4, 3), (2, 1, 0), (14, 13, 10))  # and bits 2, 1 and 0 
 class HopperWeight(NamedTuple):
     """A weight as the Hopper kernel reads it.
 
-    words: uint16 ``[N, K/4]``. Word ``64 j + c`` of an output has the codes of features ``256 j + 64 t + c``, t from
-    0 to 3. A code's bits stand so that a shift and a mask leave it, times ``2**-126``, as a bfloat16, for two words of
-    a 32-bit register at once: elements 0 to 2 as they are and moved up by 3 and 6, element 3 in three pieces.
-    exponents: uint8 ``[K/32, N]``, the exponent field of the bfloat16 that a block's elements are multiplied with: 254
-    for the largest scale of an output, 0 for a block of zeros.
+    words: uint16 ``[N, K/4]``. Word ``64 j + c`` of an output has the codes of features ``256 j + 64 t + c``, t
+    from 0 to 3. A code's bits stand so that a shift and a mask leave it, times ``2**-126``, as a bfloat16, for the
+    two words of a 32-bit register at once: elements 0 to 2 as they are and moved up by 3 and 6, element 3 in
+    three pieces.
+    exponents: uint8 ``[K/32, N]``, the exponent field of the bfloat16 that a block's elements are multiplied with:
+    254 for the largest scale of an output, 0 for a block of zeros.
     factor: float32 ``[N]``, the power of two that the outputs have in common; NaN for those that do not fit.
     """
 
