@@ -266,3 +266,75 @@ def hopper_code(word: Array, t: int) -> Array:
         ((word >> place) & 1) << bit for bit, place in zip((3, 2, 1, 0), (_SIGN[t], *_FIELD[t]), strict=True)
     ]
     return functools.reduce(jnp.bitwise_or, parts)
+
+
+# ---------------------------------------------------------------- Blackwell
+
+BLACKWELL_STEP = 256
+"""Features that one step of the Blackwell kernel takes; K is filled up to multiples of it with zeros."""
+
+BLACKWELL_ROWS = 128
+"""Rows of activations and outputs are filled up to multiples of this with zeros: what a block of scales covers."""
+
+
+class BlackwellOperand(NamedTuple):
+    """One operand of a block-scaled product as the Blackwell kernel reads it, weight or activations.
+
+    values: float4_e2m1fn ``[R, K]``: the canonical codes, two to a byte, under another name.
+    scales: float8_e8m0fnu ``[R/128, K/128, 32, 16]``, where :func:`swizzled_scale` puts them.
+    """
+
+    values: Any
+    scales: Any
+
+
+def swizzled_scale(row: int, block: int) -> tuple[int, int, int, int]:
+    """Where ``tcgen05.mma`` looks for the scale of a block of 32 in a row: an index of ``[R/128, K/128, 32, 16]``.
+
+    Tensor memory has 32 lanes for scales, each with the four blocks of 128 features for four rows that are 32 apart.
+    """
+    return row // 128, block // 4, row % 32, row % 128 // 32 * 4 + block % 4
+
+
+def swizzle_scales(scales: Array) -> Array:
+    """``[R, K/32]`` -> ``[R/128, K/128, 32, 16]`` by :func:`swizzled_scale`; R and K multiples of 128."""
+    rows, blocks = scales.shape
+    if rows % 128 or blocks % 4:
+        raise ValueError(
+            f"scales have shape {scales.shape}: must be multiples of 128 and 4, fill up with zeros"
+        )
+    split = scales.reshape(rows // 128, 4, 32, blocks // 4, 4)
+    return split.transpose(0, 3, 2, 1, 4).reshape(rows // 128, blocks // 4, 32, 16)
+
+
+def unswizzle_scales(scales: Array) -> Array:
+    """Inverse of :func:`swizzle_scales`."""
+    rows, blocks = scales.shape[0] * 128, scales.shape[1] * 4
+    split = scales.reshape(rows // 128, blocks // 4, 32, 4, 4)
+    return split.transpose(0, 3, 2, 1, 4).reshape(rows, blocks)
+
+
+@jax.jit
+def to_blackwell(codes: UInt8[Array, "r k2"], scales: UInt8[Array, "r k32"]) -> BlackwellOperand:
+    """Canonical codes and scales as an operand of the Blackwell kernel. Nothing is lost: every code and scale exists.
+
+    Raises:
+      ValueError: shapes that do not fit.
+    """
+    _check_canonical(codes, scales)
+    more_r, more_k = -scales.shape[0] % BLACKWELL_ROWS, -scales.shape[1] * BLOCK % BLACKWELL_STEP
+    codes = jnp.pad(codes, ((0, more_r), (0, more_k // 2)))
+    scales = jnp.pad(scales, ((0, more_r), (0, more_k // BLOCK)))
+    values = jax.lax.bitcast_convert_type(codes, jnp.float4_e2m1fn).reshape(codes.shape[0], -1)
+    return BlackwellOperand(values, jax.lax.bitcast_convert_type(swizzle_scales(scales), jnp.float8_e8m0fnu))
+
+
+@jax.jit(static_argnames=("rows", "k"))
+def from_blackwell(
+    operand: BlackwellOperand, rows: int, k: int
+) -> tuple[UInt8[Array, "r k2"], UInt8[Array, "r k32"]]:
+    """Codes and scales of an operand ``[rows, k]``: the inverse of :func:`to_blackwell`."""
+    pairs = operand.values.reshape(operand.values.shape[0], -1, 2)
+    codes = jax.lax.bitcast_convert_type(pairs, jnp.uint8)
+    scales = unswizzle_scales(jax.lax.bitcast_convert_type(operand.scales, jnp.uint8))
+    return codes[:rows, : k // 2], scales[:rows, : k // BLOCK]

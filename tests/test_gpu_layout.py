@@ -50,3 +50,26 @@ def test_outputs_that_do_not_fit_hopper_are_nan():
     assert np.isfinite(factor[4:]).all()
     with pytest.raises(ValueError, match=r"codes have shape \(4, 64\), scales \(4, 3\)"):
         layout.to_hopper(codes, scales[:, :3])
+
+
+@pytest.mark.parametrize("n, k", [(128, 256), (200, 96), (1, 1056)])
+def test_blackwell_is_an_exact_inverse(n, k):
+    rng = np.random.default_rng(1)
+    codes = jnp.asarray(rng.integers(0, 256, (n, k // 2), dtype=np.uint8))
+    scales = jnp.asarray(rng.integers(0, 256, (n, k // 32), dtype=np.uint8))
+    packed = layout.to_blackwell(codes, scales)
+    assert packed.values.shape == (-(-n // 128) * 128, -(-k // 256) * 256)
+    back = layout.from_blackwell(packed, n, k)
+    np.testing.assert_array_equal(back[0], codes)
+    np.testing.assert_array_equal(back[1], scales)
+
+
+def test_each_scale_stands_where_its_index_says():
+    scales = np.arange(256 * 8).reshape(256, 8)
+    swizzled = np.asarray(layout.swizzle_scales(jnp.asarray(scales)))
+    for row in range(256):
+        for block in range(8):
+            assert swizzled[layout.swizzled_scale(row, block)] == scales[row, block]
+    np.testing.assert_array_equal(layout.unswizzle_scales(jnp.asarray(swizzled)), scales)
+    with pytest.raises(ValueError, match=r"scales have shape \(100, 8\): must be multiples of 128 and 4"):
+        layout.swizzle_scales(jnp.zeros((100, 8)))
