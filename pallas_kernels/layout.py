@@ -24,12 +24,12 @@ the order of the hardware's own conversion from float4_e2m1fn, which leaves less
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int32, UInt8
+from jaxtyping import Array, Float32, Int32, UInt8, UInt16
 
 BLOCK = 32
 LANES = 128
@@ -168,3 +168,173 @@ def from_tpu(
     held = (each != 0).any(-1)
     scales = jnp.where(held, exponents // 4 + base - _TOP[kind], 0).astype(jnp.uint8)
     return codes[:n, : k // 2], scales[:n, : k // BLOCK]
+
+
+# ---------------------------------------------------------------- Hopper
+
+HOPPER_STEP = 256
+"""Features that one step of the Hopper kernel takes; K is filled up to multiples of it with zeros."""
+
+HOPPER_ROWS = 128
+"""N is filled up to multiples of this with zeros."""
+
+HOPPER_SPAN = 127
+"""Powers of two that the scales of an output may cover: 0.5 times the least is then a normal bfloat16."""
+
+_SIGN = (15, 12, 9, 11)  # where the word has the sign of its element t
+_FIELD = ((8, 7, 6), (5, 4, 3), (2, 1, 0), (14, 13, 10))  # and bits 2, 1 and 0 of its code
+
+
+class HopperWeight(NamedTuple):
+    """A weight as the Hopper kernel reads it.
+
+    words: uint16 ``[N, K/4]``. Word ``64 j + c`` of an output has the codes of features ``256 j + 64 t + c``, t
+    from 0 to 3. A code's bits stand so that a shift and a mask leave it, times ``2**-126``, as a bfloat16, for the
+    two words of a 32-bit register at once: elements 0 to 2 as they are and moved up by 3 and 6, element 3 in
+    three pieces.
+    exponents: uint8 ``[K/32, N]``, the exponent field of the bfloat16 that a block's elements are multiplied with:
+    254 for the largest scale of an output, 0 for a block of zeros.
+    factor: float32 ``[N]``, the power of two that the outputs have in common; NaN for those that do not fit.
+    """
+
+    words: UInt16[Array, "n k4"]
+    exponents: UInt8[Array, "k32 n"]
+    factor: Float32[Array, " n"]
+
+
+def _check_canonical(codes: Any, scales: Any) -> None:
+    n, blocks = scales.shape
+    if codes.shape != (n, blocks * BLOCK // 2):
+        raise ValueError(
+            f"codes have shape {codes.shape}, scales {scales.shape}: must be [N, K/2] and [N, K/32]"
+        )
+
+
+@jax.jit
+def to_hopper(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"]) -> HopperWeight:
+    """The canonical weight in the Hopper layout. Negative zeros become zeros.
+
+    Exact where the scales of an output's blocks that are not zero lie within :data:`HOPPER_SPAN` powers of two; other
+    outputs, and those with a scale that is NaN, get the factor NaN: nothing is clipped silently.
+
+    Raises:
+      ValueError: shapes that do not fit.
+    """
+    _check_canonical(codes, scales)
+    n, blocks = scales.shape
+    more_n, more_k = -n % HOPPER_ROWS, -blocks * BLOCK % HOPPER_STEP
+    codes = jnp.pad(codes, ((0, more_n), (0, more_k // 2)))
+    scales = jnp.pad(scales, ((0, more_n), (0, more_k // BLOCK)))
+    each = jnp.stack([codes & 15, codes >> 4], -1).reshape(*scales.shape, BLOCK)  # [n, b, 32]
+    each = jnp.where(each == 8, 0, each)
+    held = (each != 0).any(-1)
+    scale = jnp.where(held, scales, 0).astype(jnp.int32)
+    base = jnp.maximum(scale.max(1, keepdims=True), 2)  # so that the factor is a normal float32
+    fits = (~held | ((scale < 0xFF) & (base - scale < HOPPER_SPAN))).all(1)
+    exponents = jnp.where(held, jnp.maximum(254 - (base - scale), 0), 0).astype(jnp.uint8)
+    # An element is code * 2**-126 * 2**(exponent - 127): of the largest scale, code * 2.
+    factor = jax.lax.bitcast_convert_type((base[:, 0] - 1) << 23, jnp.float32)
+    slabs = each.astype(jnp.uint16).reshape(scales.shape[0], -1, 4, 64)  # [n, j, t, c]
+    word = jnp.zeros_like(slabs[:, :, 0])
+    for t, (sign, field) in enumerate(zip(_SIGN, _FIELD, strict=True)):
+        for bit, place in zip((3, 2, 1, 0), (sign, *field), strict=True):
+            word |= ((slabs[:, :, t] >> bit) & 1) << place
+    return HopperWeight(word.reshape(scales.shape[0], -1), exponents.T, jnp.where(fits, factor, jnp.nan))
+
+
+@jax.jit(static_argnames=("n", "k"))
+def from_hopper(weight: HopperWeight, n: int, k: int) -> tuple[UInt8[Array, "n k2"], UInt8[Array, "n k32"]]:
+    """Codes and scales of a weight ``[n, k]``: the inverse of :func:`to_hopper`; blocks of zeros have scale 0."""
+    rows = weight.words.shape[0]
+    each = hopper_codes(weight.words.reshape(rows, -1, 1, 64)).reshape(rows, -1, BLOCK)
+    codes = (each[..., ::2] | (each[..., 1::2] << 4)).astype(jnp.uint8).reshape(rows, -1)
+    exponents = weight.exponents.T.astype(jnp.int32)
+    base = (jax.lax.bitcast_convert_type(weight.factor, jnp.int32) >> 23) + 1
+    scales = jnp.where((each != 0).any(-1), exponents - 254 + base[:, None], 0).astype(jnp.uint8)
+    return codes[:n, : k // 2], scales[:n, : k // BLOCK]
+
+
+def hopper_codes(words: UInt16[Array, "n j 1 64"]) -> Int32[Array, "n j 4 64"]:
+    """The four codes of each word, 0 to 15, along the third axis."""
+    word = words.astype(jnp.int32)
+    return jnp.concatenate([hopper_code(word, t) for t in range(4)], axis=2)
+
+
+def hopper_code(word: Array, t: int) -> Array:
+    """Code 0 to 15 of element ``t`` of words."""
+    parts = [
+        ((word >> place) & 1) << bit for bit, place in zip((3, 2, 1, 0), (_SIGN[t], *_FIELD[t]), strict=True)
+    ]
+    return functools.reduce(jnp.bitwise_or, parts)
+
+
+# ---------------------------------------------------------------- Blackwell
+
+BLACKWELL_STEP = 256
+"""Features that one step of the Blackwell kernel takes; K is filled up to multiples of it with zeros."""
+
+BLACKWELL_ROWS = 128
+"""Rows of activations and outputs are filled up to multiples of this with zeros: what a block of scales covers."""
+
+
+class BlackwellOperand(NamedTuple):
+    """One operand of a block-scaled product as the Blackwell kernel reads it, weight or activations.
+
+    values: float4_e2m1fn ``[R, K]``: the canonical codes, two to a byte, under another name.
+    scales: float8_e8m0fnu ``[R/128, K/128, 32, 16]``, where :func:`swizzled_scale` puts them.
+    """
+
+    values: Any
+    scales: Any
+
+
+def swizzled_scale(row: int, block: int) -> tuple[int, int, int, int]:
+    """Where ``tcgen05.mma`` looks for the scale of a block of 32 in a row: an index of ``[R/128, K/128, 32, 16]``.
+
+    Tensor memory has 32 lanes for scales, each with the four blocks of 128 features for four rows that are 32 apart.
+    """
+    return row // 128, block // 4, row % 32, row % 128 // 32 * 4 + block % 4
+
+
+def swizzle_scales(scales: Array) -> Array:
+    """``[R, K/32]`` -> ``[R/128, K/128, 32, 16]`` by :func:`swizzled_scale`; R and K multiples of 128."""
+    rows, blocks = scales.shape
+    if rows % 128 or blocks % 4:
+        raise ValueError(
+            f"scales have shape {scales.shape}: must be multiples of 128 and 4, fill up with zeros"
+        )
+    split = scales.reshape(rows // 128, 4, 32, blocks // 4, 4)
+    return split.transpose(0, 3, 2, 1, 4).reshape(rows // 128, blocks // 4, 32, 16)
+
+
+def unswizzle_scales(scales: Array) -> Array:
+    """Inverse of :func:`swizzle_scales`."""
+    rows, blocks = scales.shape[0] * 128, scales.shape[1] * 4
+    split = scales.reshape(rows // 128, blocks // 4, 32, 4, 4)
+    return split.transpose(0, 3, 2, 1, 4).reshape(rows, blocks)
+
+
+@jax.jit
+def to_blackwell(codes: UInt8[Array, "r k2"], scales: UInt8[Array, "r k32"]) -> BlackwellOperand:
+    """Canonical codes and scales as an operand of the Blackwell kernel. Nothing is lost: every code and scale exists.
+
+    Raises:
+      ValueError: shapes that do not fit.
+    """
+    _check_canonical(codes, scales)
+    more_r, more_k = -scales.shape[0] % BLACKWELL_ROWS, -scales.shape[1] * BLOCK % BLACKWELL_STEP
+    codes = jnp.pad(codes, ((0, more_r), (0, more_k // 2)))
+    scales = jnp.pad(scales, ((0, more_r), (0, more_k // BLOCK)))
+    values = jax.lax.bitcast_convert_type(codes, jnp.float4_e2m1fn).reshape(codes.shape[0], -1)
+    return BlackwellOperand(values, jax.lax.bitcast_convert_type(swizzle_scales(scales), jnp.float8_e8m0fnu))
+
+
+@jax.jit(static_argnames=("rows", "k"))
+def from_blackwell(
+    operand: BlackwellOperand, rows: int, k: int
+) -> tuple[UInt8[Array, "r k2"], UInt8[Array, "r k32"]]:
+    """Codes and scales of an operand ``[rows, k]``: the inverse of :func:`to_blackwell`."""
+    pairs = operand.values.reshape(operand.values.shape[0], -1, 2)
+    codes = jax.lax.bitcast_convert_type(pairs, jnp.uint8)
+    scales = unswizzle_scales(jax.lax.bitcast_convert_type(operand.scales, jnp.uint8))
+    return codes[:rows, : k // 2], scales[:rows, : k // BLOCK]

@@ -132,23 +132,28 @@ def _activation_kernel(*refs: Any, inter: bool, intra: bool, rule: str | None) -
     x_ref = next(given)
     inter_ref = next(given) if inter else None
     intra_ref = next(given) if intra else None
+    outputs = list(given)
     z = _rotated(x_ref, inter_ref, intra_ref)
     if rule is None:
-        (values_ref,) = given
-        values_ref[...] = z.astype(values_ref.dtype)
+        outputs[0][...] = z.astype(outputs[0].dtype)
         return
-    codes_ref, scales_ref = given
     amax = jnp.max(elements.bits(z) & 0x7FFFFFFF, axis=2)  # [M, 16]; patterns are ordered as magnitudes are
     scale = elements.scale_code(amax, rule)
     code = elements.encode(z, scale[:, :, None], amax[:, :, None])
+    if len(outputs) == 1:
+        outputs[0][...] = elements.decode(code, scale[:, :, None]).astype(outputs[0].dtype)
+        return
+    codes_ref, scales_ref = outputs
     pairs = code.reshape(*code.shape[:2], BLOCK // 2, 2)
     nibble = lax.broadcasted_iota(jnp.int32, pairs.shape, 3)
     codes_ref[...] = jnp.sum(pairs << (4 * nibble), axis=3).astype(jnp.uint8)
     scales_ref[...] = scale.astype(jnp.uint8)
 
 
-def _activations(x: Any, inter: Any, intra: Any, rule: Rule | None, tiles: Tiles, options: dict) -> list[Any]:
-    """Codes and scales, or values in the dtype of ``x``: ``[M, blocks, ...]``, M a multiple of ``tiles.rows``."""
+def _activations(
+    x: Any, inter: Any, intra: Any, rule: Rule | None, values: Any, options: dict[str, Any]
+) -> list[Any]:
+    """Codes and scales, or values of the dtype ``values``: ``[M, blocks, ...]``, M a multiple of 16."""
     rows, features = x.shape
     units = _units(features, inter)
     x = _fill(x.reshape(rows, units.blocks, BLOCK), 1, units)  # [M, number, unit, 32]
@@ -171,8 +176,8 @@ def _activations(x: Any, inter: Any, intra: Any, rule: Rule | None, tiles: Tiles
             )
         )
     outer = (rows, units.number, units.unit)
-    if rule is None:
-        shapes = [jax.ShapeDtypeStruct((*outer, BLOCK), x.dtype)]
+    if values is not None:
+        shapes = [jax.ShapeDtypeStruct((*outer, BLOCK), values)]
     else:
         shapes = [
             jax.ShapeDtypeStruct((*outer, BLOCK // 2), jnp.uint8),
@@ -318,20 +323,28 @@ def _padded_rows(x: Any) -> Any:
     return jnp.pad(x, ((0, -x.shape[0] % LEAST), (0, 0)))
 
 
-@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
-def rotate(
+@functools.partial(jax.jit, static_argnames=("rule", "tiles", "interpret"))
+def rotate_round(
     x: Float[Array, "m k"],
-    inter: Any,
-    intra: Any,
+    inter: Any = None,
+    intra: Any = None,
     *,
+    rule: Rule | None,
     tiles: Tiles = Tiles(),  # noqa: B008
     interpret: Any = False,
 ) -> Float[Array, "m k"]:
-    """Rotated activations in the dtype of ``x``, in one kernel. Arguments and errors as :func:`rotate_quantize`."""
-    check(x, inter, intra, None)
-    if inter is None and intra is None:
+    """Rotated activations as values, for kernels that do not read codes. Arguments and errors as in
+    :func:`rotate_quantize`.
+
+    Returns:
+      ``[M, K]``: with a rule the values of its codes and scales, bfloat16, which holds them exactly; without one the
+      rotated values, rounded to the dtype of ``x``.
+    """
+    check(x, inter, intra, rule)
+    if rule is None and inter is None and intra is None:
         return x
-    (values,) = _activations(_padded_rows(x), inter, intra, None, tiles, _options(tiles, interpret))
+    dtype = x.dtype if rule is None else jnp.bfloat16
+    (values,) = _activations(_padded_rows(x), inter, intra, rule, dtype, _options(tiles, interpret))
     return values.reshape(-1, x.shape[1])[: x.shape[0]]
 
 
@@ -363,7 +376,7 @@ def rotate_quantize(
       ValueError: what :func:`check` refuses.
     """
     check(x, inter, intra, rule)
-    made = _activations(_padded_rows(x), inter, intra, rule, tiles, _options(tiles, interpret))
+    made = _activations(_padded_rows(x), inter, intra, rule, None, _options(tiles, interpret))
     codes, scales = (a.reshape(a.shape[0], -1)[: x.shape[0]] for a in made)
     return codes, scales
 
@@ -399,6 +412,6 @@ def rotate_quantize_matmul(
     filled = _padded_rows(x)
     left = [filled]
     if rule is not None or inter is not None or intra is not None:
-        left = _activations(filled, inter, intra, rule, tiles, options)
+        left = _activations(filled, inter, intra, rule, x.dtype if rule is None else None, options)
         left = [a.reshape(filled.shape[0], -1) for a in left]
     return _matmul(left, codes, scales, x.dtype, tiles, options)[:rows]

@@ -1,0 +1,317 @@
+"""The product of MXFP4 operands on Blackwell (sm_100a), by Mosaic GPU: tensor cores that multiply blocks of 32 E2M1
+values with their E8M0 scales, exactly, and add in float32.
+
+Both operands stay packed all the way: TMA copies codes and swizzled scales to shared memory, ``tcgen05.cp`` scales
+to tensor memory, ``tcgen05.mma`` reads codes from shared and scales from tensor memory. No thread touches a weight.
+
+Of a block of threads one warp starts copies, one starts products, and a second warpgroup writes results. With tiles
+of 128 outputs there is tensor memory for two accumulators: one tile is written while the next is multiplied. With
+few tiles K is split, and XLA adds the parts.
+
+Activations are rotated and rounded by a kernel of their own (:func:`pallas_kernels.portable.rotate_quantize`), for
+the reason that :mod:`pallas_kernels.hopper` gives; it writes codes and scales, and XLA swizzles the scales, a byte
+for 32 features. Tensor cores take no bfloat16 beside 4-bit values: W4A16 has no kernel here.
+
+The interpreter has no block-scaled product: it runs the same kernel on operands that are decoded to bfloat16 before,
+which shows whether tiles, copies and barriers are right, and nothing about codes and scales.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from pallas_kernels import elements, portable
+from pallas_kernels.hopper import require
+from pallas_kernels.layout import (
+    BLACKWELL_ROWS,
+    BLACKWELL_STEP,
+    BLOCK,
+    BlackwellOperand,
+    to_blackwell,
+    unswizzle_scales,
+)
+from pallas_kernels.reference import Rule
+
+CORES = 148
+"""Multiprocessors of a B200; a call may name others."""
+
+SHARED_MEMORY = 232448
+"""Bytes of shared memory that a block of threads may take on sm_100."""
+
+_ROWS = BLACKWELL_ROWS
+_SCALES = BLACKWELL_STEP // BLOCK
+_PART = 32  # columns of a result written at once
+
+
+class Tiles(NamedTuple):
+    """How a call works: outputs of a tile, 128 or 256, steps of 256 features in flight, parts that K is split into.
+
+    A tile has 128 rows of activations, which is what the tensor core takes, or pads to.
+    """
+
+    columns: int
+    stages: int
+    splits: int = 1
+
+
+def choose(rows: int, k: int, n: int, cores: int = CORES) -> Tiles:
+    """Tiles for a call: K split until there are as many tiles as multiprocessors.
+
+    A choice by reasoning, not by measurements.
+    """
+    steps, high = -(-k // BLACKWELL_STEP), -(-rows // _ROWS)
+    wide = 256 if n % 256 == 0 and high * (n // 256) >= cores else 128
+    tiles, splits = high * -(-n // wide), 1
+    # Parts are written and read in float32: not for many rows.
+    while (
+        high == 1 and tiles * splits * 2 <= cores and steps % (splits * 2) == 0 and steps // (splits * 2) >= 2
+    ):
+        splits *= 2
+    return Tiles(wide, min(4 if wide == 256 else 5, steps // splits), splits)
+
+
+def shared_memory(tiles: Tiles, width: int = 2) -> int:
+    """Bytes of shared memory of a call, but for a few barriers."""
+    step = (_ROWS + tiles.columns) * (BLACKWELL_STEP // 2 + _SCALES)
+    return tiles.stages * step + 2 * _ROWS * _PART * (4 if tiles.splits > 1 else width)
+
+
+def _accumulators(tiles: Tiles) -> int:
+    """Tensor memory has 512 columns; scales take some."""
+    return 2 if tiles.columns == 128 else 1
+
+
+def _kernel(*refs: Any, plgpu: Any, tiles: Tiles) -> None:
+    """Tiles of ``out [splits, M, N]``, one after another in each block."""
+    a_gmem, sa_gmem, b_gmem, sb_gmem, out_gmem = refs[:5]
+    a_smem, sa_smem, b_smem, sb_smem, out_smem, total_tmem, sa_tmem, sb_tmem = refs[5:13]
+    filled, emptied, multiplied, stored = refs[13:]
+    columns, stages, splits = tiles
+    group = lax.axis_index("wg")
+    steps = a_gmem.shape[1] // BLACKWELL_STEP // splits
+    tiles_m, tiles_n = a_gmem.shape[0] // _ROWS, b_gmem.shape[0] // columns
+
+    @plgpu.nd_loop((tiles_m * tiles_n * splits,), collective_axes="block")
+    def _(info: Any) -> None:
+        # Tiles of the same outputs come together: their weight is then in the L2 cache.
+        rest, m = lax.div(info.index[0], tiles_m), lax.rem(info.index[0], tiles_m)
+        n, split = lax.div(rest, splits), lax.rem(rest, splits)
+        local = info.local_index
+        accumulators = _accumulators(tiles)
+        half = lax.rem(local, jnp.int32(accumulators))
+        total = total_tmem.at[:, pl.ds(half * columns, columns)]
+
+        def slot(k: Any) -> Any:
+            return lax.rem(local * steps + k, stages)
+
+        @pl.when(group == 0)
+        def _multiply() -> None:
+            @plgpu.warp_map
+            def _per_warp(warp: Any) -> None:
+                @pl.when(warp == 0)
+                def _copies() -> None:
+                    def load(k: Any, _: Any) -> None:
+                        at = slot(k)
+
+                        @pl.when(local * steps + k >= stages)
+                        def _() -> None:
+                            plgpu.barrier_wait(emptied.at[at])
+
+                        step = split * steps + k
+                        features = pl.ds(step * BLACKWELL_STEP, BLACKWELL_STEP)
+                        scales = pl.ds(step * 2, 2)
+                        for source, target in (
+                            (a_gmem.at[pl.ds(m * _ROWS, _ROWS), features], a_smem),
+                            (b_gmem.at[pl.ds(n * columns, columns), features], b_smem),
+                            (sa_gmem.at[pl.ds(m, 1), scales], sa_smem),
+                            (sb_gmem.at[pl.ds(n * (columns // 128), columns // 128), scales], sb_smem),
+                        ):
+                            plgpu.copy_gmem_to_smem(source, target.at[at], filled.at[at])
+
+                    lax.fori_loop(0, steps, load, None)
+
+                @pl.when((warp == 1) & (local >= accumulators))
+                def _wait() -> None:
+                    plgpu.barrier_wait(stored.at[half])
+
+                @pl.when(warp == 1)
+                def _products() -> None:
+                    def product(k: Any, i: int) -> None:
+                        # A slot's scales have tensor memory of their own: the product that reads them may still run
+                        # when the next step's are copied. It cannot be indexed, so slots are told apart here.
+                        scales = {}
+                        if a_smem.dtype == jnp.float4_e2m1fn:
+                            plgpu.async_copy_scales_to_tmem(sa_smem.at[i], sa_tmem[i])
+                            plgpu.async_copy_scales_to_tmem(sb_smem.at[i], sb_tmem[i])
+                            scales = {"a_scale": sa_tmem[i], "b_scale": sb_tmem[i]}
+                        b = b_smem.at[i].transpose((1, 0))
+                        plgpu.tcgen05_mma(total, a_smem.at[i], b, emptied.at[i], accumulate=k > 0, **scales)
+
+                    def multiply(k: Any, _: Any) -> None:
+                        at = slot(k)
+                        plgpu.barrier_wait(filled.at[at])
+                        for i in range(stages):
+                            pl.when(at == i)(functools.partial(product, k, i))
+
+                        @pl.when(k == steps - 1)
+                        def _() -> None:
+                            plgpu.tcgen05_commit_arrive(multiplied.at[half])
+
+                    lax.fori_loop(0, steps, multiply, None)
+
+        @pl.when(group == 1)
+        def _write() -> None:
+            plgpu.barrier_wait(multiplied.at[half])
+            for i in range(columns // _PART):
+                part = pl.ds(i * _PART, _PART)
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                out_smem[i % 2] = plgpu.async_load_tmem(total.at[:, part]).astype(out_smem.dtype)
+                plgpu.commit_smem()
+                target = out_gmem.at[split, pl.ds(m * _ROWS, _ROWS), pl.ds(n * columns, columns)]
+                plgpu.copy_smem_to_gmem(out_smem.at[i % 2], target.at[:, part])
+            plgpu.wait_load_tmem()
+            plgpu.barrier_arrive(stored.at[half])
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _decoded(operand: BlackwellOperand) -> Any:
+    rows, features = operand.values.shape
+    scales = unswizzle_scales(lax.bitcast_convert_type(operand.scales, jnp.uint8)).astype(jnp.int32)
+    pairs = lax.bitcast_convert_type(operand.values.reshape(rows, -1, 2), jnp.uint8).astype(jnp.int32)
+    code = jnp.stack([pairs & 15, pairs >> 4], -1).reshape(rows, -1, BLOCK)
+    return elements.decode(code, scales[..., None]).reshape(rows, features).astype(jnp.bfloat16)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "tiles", "cores", "interpret"))
+def matmul(
+    x: BlackwellOperand,
+    weight: BlackwellOperand,
+    *,
+    dtype: Any = jnp.bfloat16,
+    tiles: Tiles | None = None,
+    cores: int = CORES,
+    interpret: Any = None,
+) -> Float[Array, "m n"]:
+    """``x @ weight.T`` of two MXFP4 operands; products exact, sums float32.
+
+    Args:
+      x, weight: ``[M, K]`` and ``[N, K]``, from :func:`pallas_kernels.layout.to_blackwell`.
+      dtype: of the result, bfloat16 or float32.
+      tiles: sizes to work in, None for :func:`choose`.
+      cores: multiprocessors that share the tiles.
+      interpret: None, or ``InterpretGPUParams`` to run on a CPU what of it can run there.
+
+    Returns:
+      ``[M, N]``, both as padded.
+
+    Raises:
+      ImportError: a jax that is too old.
+      ValueError: a dtype or sizes that do not fit, or tiles that need more shared memory than there is.
+    """
+    plgpu = require()
+    (rows, size), (outputs, full) = x.values.shape, weight.values.shape
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"a result of {jnp.dtype(dtype)} cannot be made: must be bfloat16 or float32")
+    if size != full:
+        raise ValueError(f"activations have {size} features, the weight {full}")
+    tiles = choose(rows, full, outputs, cores) if tiles is None else tiles
+    if tiles.columns not in (128, 256) or outputs % tiles.columns or full // BLACKWELL_STEP % tiles.splits:
+        raise ValueError(
+            f"{tiles} do not fit {outputs} outputs of {full} features: columns must be 128 or 256 and divide the "
+            f"first, splits divide {full // BLACKWELL_STEP}"
+        )
+    result = jnp.dtype(jnp.float32 if tiles.splits > 1 else dtype)
+    needed = shared_memory(tiles, result.itemsize)
+    if needed > SHARED_MEMORY:
+        raise ValueError(
+            f"{tiles} need {needed} bytes of shared memory, sm_100 has {SHARED_MEMORY}: take fewer stages"
+        )
+    stages, chunks, accumulators = tiles.stages, tiles.columns // 128, _accumulators(tiles)
+    count = rows // _ROWS * (outputs // tiles.columns) * tiles.splits
+    four = (plgpu.TilingTransform((8, BLACKWELL_STEP)), plgpu.SwizzleTransform(128))
+    swizzle = _PART * result.itemsize
+    out = (plgpu.TilingTransform((8, _PART)), plgpu.SwizzleTransform(swizzle))
+    e8, scales = jnp.float8_e8m0fnu, plgpu.TMEMLayout.SCALES_LAYOUT
+    a, b = x.values, weight.values
+    if interpret is not None:
+        a, b = (_decoded(operand) for operand in (x, weight))
+        four = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    y = plgpu.kernel(
+        functools.partial(_kernel, plgpu=plgpu, tiles=tiles),
+        out_type=jax.ShapeDtypeStruct((tiles.splits, rows, outputs), result),
+        grid=(min(cores, count),),
+        grid_names=("block",),
+        num_threads=2,
+        thread_name="wg",
+        scratch_types=[
+            plgpu.SMEM((stages, _ROWS, BLACKWELL_STEP), a.dtype, transforms=four),
+            plgpu.SMEM((stages, 1, 2, 32, 16), e8),
+            plgpu.SMEM((stages, tiles.columns, BLACKWELL_STEP), b.dtype, transforms=four),
+            plgpu.SMEM((stages, chunks, 2, 32, 16), e8),
+            plgpu.SMEM((2, _ROWS, _PART), result, transforms=out),
+            plgpu.TMEM((_ROWS, accumulators * tiles.columns), jnp.float32),
+            [plgpu.TMEM((_ROWS, _SCALES), e8, layout=scales) for _ in range(stages)],
+            [plgpu.TMEM((tiles.columns, _SCALES), e8, layout=scales) for _ in range(stages)],
+            plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages, orders_tensor_core=True),
+            plgpu.Barrier(num_barriers=accumulators, orders_tensor_core=True),
+            plgpu.Barrier(num_barriers=accumulators, orders_tensor_core=True),
+        ],
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=interpret,
+        kernel_name="torq_blackwell_matmul",
+    )(a, x.scales, b, weight.scales)
+    return (y[0] if tiles.splits == 1 else y.sum(0)).astype(dtype)
+
+
+def rotate_quantize(
+    x: Float[Array, "m k"], inter: Any = None, intra: Any = None, *, rule: Rule
+) -> BlackwellOperand:
+    """Rotated activations as an operand: codes, and scales where the product reads them.
+
+    Arguments and errors as in :func:`pallas_kernels.portable.rotate_quantize`; rows are filled up to 128.
+    """
+    return to_blackwell(*portable.rotate_quantize(x, inter, intra, rule=rule))
+
+
+def rotate_quantize_matmul(
+    x: Float[Array, "m k"],
+    inter: Any,
+    intra: Any,
+    weight: BlackwellOperand,
+    *,
+    rule: Rule | None,
+    tiles: Tiles | None = None,
+    cores: int = CORES,
+) -> Float[Array, "m n"]:
+    """``round(rotate(x)) @ weight.T``, in two kernels: :func:`rotate_quantize` and :func:`matmul`.
+
+    Args:
+      x: ``[M, K]`` bfloat16 or float32, any M from 1.
+      inter, intra: None, or as ``torq_jax.TwoLevelRotation`` has them, in any of its shapes.
+      weight, tiles, cores: as in :func:`matmul`.
+      rule: scale rule of the activations.
+
+    Returns:
+      ``[M, N]`` in the dtype of ``x``, N as padded.
+
+    Raises:
+      ImportError, ValueError: as :func:`matmul`, and activations that are not to be rounded.
+    """
+    if rule is None:
+        raise ValueError(
+            "sm_100's block-scaled product takes MXFP4 activations: name a scale rule, or use "
+            "implementation='portable'"
+        )
+    product = matmul(
+        rotate_quantize(x, inter, intra, rule=rule), weight, dtype=x.dtype, tiles=tiles, cores=cores
+    )
+    return product[: x.shape[0]]

@@ -1,0 +1,85 @@
+"""The Hopper and Blackwell kernels as far as a CPU can run them: products in Mosaic GPU's interpretation, errors."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import hopper, layout
+from tests.test_portable_kernels import BF16, F32, check_product, exact_case
+
+OLD = jax.__version_info__[:2] < hopper.LEAST_JAX
+mosaic = pytest.mark.skipif(
+    OLD, reason=f"Mosaic GPU kernels need jax 0.12 or later, this is {jax.__version__}"
+)
+
+
+def interpreted(**options):
+    """The interpreter's parameters, with race detection."""
+    return hopper.require().InterpretGPUParams(detect_races=True, **options)
+
+
+def races():
+    """Whether the last interpretation found any."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    return gpu_callbacks.get_races().races_found
+
+
+# m, k, n, inter, intra, rule, dtype, tiles
+CASES = [
+    (5, 512, 128, None, None, None, BF16, hopper.Tiles(8, 2)),
+    (9, 1024, 200, (32, 2, 16, 16), (32, 32, 32), "even", BF16, hopper.Tiles(16, 2, 2)),
+    (20, 320, 128, (32, 5, 2, 2), None, "floor", F32, hopper.Tiles(16, 2)),
+]
+
+
+@mosaic
+@pytest.mark.parametrize("m, k, n, inter, intra, rule, dtype, tiles", CASES)
+def test_hopper_products_equal_the_reference(m, k, n, inter, intra, rule, dtype, tiles):
+    x, inter, intra, w = exact_case(m, k, n, inter, intra, dtype)
+    packed = layout.to_hopper(w.codes, w.scales)
+    options = {"tiles": tiles, "cores": 2, "interpret": interpreted()}
+
+    def run(rule):
+        return hopper.rotate_quantize_matmul(x, inter, intra, packed, rule=rule, **options)[:, :n]
+
+    check_product(run, x, inter, intra, w, rule)
+    assert not races()
+
+
+@mosaic
+def test_hopper_refuses_what_it_cannot_run():
+    packed = layout.to_hopper(jnp.zeros((128, 128), jnp.uint8), jnp.zeros((128, 8), jnp.uint8))
+    x = jnp.zeros((4, 256), BF16)
+    with pytest.raises(
+        ValueError, match="float32 activations that are not rounded to MXFP4 have no exact product"
+    ):
+        hopper.rotate_quantize_matmul(x.astype(F32), None, None, packed, rule=None)
+    with pytest.raises(ValueError, match="activations have 512 features, the weight 256"):
+        hopper.matmul(jnp.zeros((4, 512), BF16), packed)
+    with pytest.raises(ValueError, match="activations are float32: the Hopper product takes bfloat16"):
+        hopper.matmul(x.astype(F32), packed)
+    with pytest.raises(
+        ValueError, match="need 447488 bytes of shared memory, sm_90 has 232448: take fewer stages"
+    ):
+        hopper.matmul(x, packed, tiles=hopper.Tiles(128, 5))
+    with pytest.raises(
+        ValueError, match="do not fit 256 features: tokens must be 8, 16, 32, 64 or 128, splits divide 1"
+    ):
+        hopper.matmul(x, packed, tiles=hopper.Tiles(8, 1, 2))
+
+
+@pytest.mark.skipif(not OLD, reason="this jax is not too old")
+def test_an_old_jax_is_named_with_the_remedy():
+    with pytest.raises(
+        ImportError, match=rf"need jax 0.12 or later, this is jax {jax.__version__}: use Python 3.12"
+    ):
+        hopper.require()
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64, 100, 2048])
+@pytest.mark.parametrize("k, n", [(4096, 4096), (4096, 14336), (14336, 4096), (256, 128)])
+def test_chosen_tiles_fit_the_shared_memory(rows, k, n):
+    tiles = hopper.choose(rows, k, n)
+    assert hopper.shared_memory(tiles, 4) <= hopper.SHARED_MEMORY
+    assert k // layout.HOPPER_STEP % tiles.splits == 0
