@@ -117,7 +117,7 @@ def _kernel(*refs: Any, plgpu: Any, tiles: Tiles) -> None:
             def _per_warp(warp: Any) -> None:
                 @pl.when(warp == 0)
                 def _copies() -> None:
-                    def load(k: Any, _: Any) -> None:
+                    def load(k: Any, carry: None) -> None:
                         at = slot(k)
 
                         @pl.when(local * steps + k >= stages)
@@ -154,7 +154,7 @@ def _kernel(*refs: Any, plgpu: Any, tiles: Tiles) -> None:
                         b = b_smem.at[i].transpose((1, 0))
                         plgpu.tcgen05_mma(total, a_smem.at[i], b, emptied.at[i], accumulate=k > 0, **scales)
 
-                    def multiply(k: Any, _: Any) -> None:
+                    def multiply(k: Any, carry: None) -> None:
                         at = slot(k)
                         plgpu.barrier_wait(filled.at[at])
                         for i in range(stages):
