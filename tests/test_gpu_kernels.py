@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import hopper, layout
+from pallas_kernels import blackwell, hopper, layout, reference
 from tests.test_portable_kernels import BF16, F32, check_product, exact_case
+from torq_jax import mxfp4
 
 OLD = jax.__version_info__[:2] < hopper.LEAST_JAX
 mosaic = pytest.mark.skipif(
@@ -83,3 +84,54 @@ def test_chosen_tiles_fit_the_shared_memory(rows, k, n):
     tiles = hopper.choose(rows, k, n)
     assert hopper.shared_memory(tiles, 4) <= hopper.SHARED_MEMORY
     assert k // layout.HOPPER_STEP % tiles.splits == 0
+
+
+def operands(m, k, n):
+    keys = jax.random.split(jax.random.key(5))
+    x, w = (
+        mxfp4.quantize(jax.random.normal(key, (r, k)), "even") for key, r in zip(keys, (m, n), strict=True)
+    )
+    return x, w, *(layout.to_blackwell(a.codes, a.scales) for a in (x, w))
+
+
+# Every number of accumulators, splits, more tiles than blocks and than accumulators, more steps than stages.
+@mosaic
+@pytest.mark.parametrize(
+    "m, k, n, tiles",
+    [
+        (128, 1024, 128, blackwell.Tiles(128, 2, 2)),
+        (20, 768, 512, blackwell.Tiles(128, 2)),
+        (128, 512, 512, blackwell.Tiles(256, 1)),
+    ],
+)
+def test_blackwell_tiles_copies_and_barriers_are_right(m, k, n, tiles):
+    x, w, a, b = operands(m, k, n)
+    y = blackwell.matmul(a, b, dtype=F32, tiles=tiles, cores=1, interpret=interpreted())
+    # Products exact, sums in another order: as in check_product.
+    want, size = (
+        reference.multiply(f(mxfp4.dequantize(x)), f(mxfp4.dequantize(w))) for f in (lambda v: v, jnp.abs)
+    )
+    assert bool((jnp.abs(y[:m, :n] - want) <= k * 2.0**-24 * size).all())
+    assert not races()
+
+
+@mosaic
+def test_blackwell_refuses_what_it_cannot_run():
+    _, _, a, b = operands(4, 256, 128)
+    x = jnp.zeros((4, 256), BF16)
+    with pytest.raises(ValueError, match="takes MXFP4 activations: name a scale rule"):
+        blackwell.rotate_quantize_matmul(x, None, None, b, rule=None)
+    with pytest.raises(ValueError, match="activations have 512 features, the weight 256"):
+        blackwell.matmul(operands(4, 512, 128)[2], b)
+    with pytest.raises(ValueError, match="columns must be 128 or 256 and divide the first, splits divide 1"):
+        blackwell.matmul(a, b, tiles=blackwell.Tiles(256, 1))
+    with pytest.raises(ValueError, match="bytes of shared memory, sm_100 has 232448: take fewer stages"):
+        blackwell.matmul(a, b, tiles=blackwell.Tiles(128, 8))
+
+
+@pytest.mark.parametrize("rows", [1, 100, 2048])
+@pytest.mark.parametrize("k, n", [(4096, 4096), (4096, 14336), (14336, 4096), (256, 128)])
+def test_chosen_blackwell_tiles_fit_the_shared_memory(rows, k, n):
+    tiles = blackwell.choose(rows, k, n)
+    assert blackwell.shared_memory(tiles, 4) <= blackwell.SHARED_MEMORY
+    assert n % tiles.columns == 0 and k // layout.BLACKWELL_STEP % tiles.splits == 0
