@@ -2,7 +2,7 @@
 
 XLA's CUDA plugin lowers and compiles for a description of a GPU, in a process of its own for each; the PTX that it
 leaves behind goes through ``ptxas -v`` once more, for the figures. Nothing runs, and there is no estimate of time.
-Needs ``pip install 'torq-jax[gpu]'`` with jax 0.12 and an installed CUDA toolkit.
+Needs Python 3.12, ``pip install 'torq-jax[gpu-compile]'`` and an installed CUDA toolkit.
 
 ``python -m benchmarks.gpu_compiler`` compiles everything and prints a table.
 """
