@@ -79,7 +79,7 @@ CASES = {
 def missing() -> str | None:
     """What this machine lacks to compile, and how to get it; None where nothing is missing."""
     if not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13)):
-        return "XLA's CUDA plugin is missing: pip install 'torq-jax[gpu]'"
+        return "XLA's CUDA plugin is missing: pip install 'torq-jax[gpu-compile]'"
     if jax.__version_info__ < (0, 12):
         return f"jax {jax.__version__} is too old to describe these GPUs: needs 0.12"
     if not _ptxas():

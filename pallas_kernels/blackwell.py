@@ -74,7 +74,8 @@ def choose(rows: int, k: int, n: int, cores: int = CORES) -> Tiles:
         high == 1 and tiles * splits * 2 <= cores and steps % (splits * 2) == 0 and steps // (splits * 2) >= 2
     ):
         splits *= 2
-    return Tiles(wide, min(4 if wide == 256 else 5, steps // splits), splits)
+    # As many stages as shared memory holds beside a float32 result.
+    return Tiles(wide, min(3 if wide == 256 else 5, steps // splits), splits)
 
 
 def shared_memory(tiles: Tiles, width: int = 2) -> int:
