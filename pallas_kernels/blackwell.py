@@ -61,10 +61,10 @@ class Tiles(NamedTuple):
     splits: int = 1
 
 
-def choose(rows: int, k: int, n: int, cores: int = CORES) -> Tiles:
-    """Tiles for a call: K split until there are as many tiles as multiprocessors.
+def choose(rows: int, k: int, n: int, cores: int = CORES, width: int = 2) -> Tiles:
+    """Tiles for a call: K split until there are as many tiles as multiprocessors, as many steps in flight as fit.
 
-    A choice by reasoning, not by measurements.
+    ``width``: bytes of an element of the result. A choice by reasoning, not by measurements.
     """
     steps, high = -(-k // BLACKWELL_STEP), -(-rows // _ROWS)
     wide = 256 if n % 256 == 0 and high * (n // 256) >= cores else 128
@@ -74,7 +74,10 @@ def choose(rows: int, k: int, n: int, cores: int = CORES) -> Tiles:
         high == 1 and tiles * splits * 2 <= cores and steps % (splits * 2) == 0 and steps // (splits * 2) >= 2
     ):
         splits *= 2
-    return Tiles(wide, min(4 if wide == 256 else 5, steps // splits), splits)
+    stages = min(5, steps // splits)
+    while shared_memory(Tiles(wide, stages, splits), width) > SHARED_MEMORY:
+        stages -= 1
+    return Tiles(wide, stages, splits)
 
 
 def shared_memory(tiles: Tiles, width: int = 2) -> int:
@@ -222,7 +225,7 @@ def matmul(
         raise ValueError(f"a result of {jnp.dtype(dtype)} cannot be made: must be bfloat16 or float32")
     if size != full:
         raise ValueError(f"activations have {size} features, the weight {full}")
-    tiles = choose(rows, full, outputs, cores) if tiles is None else tiles
+    tiles = choose(rows, full, outputs, cores, jnp.dtype(dtype).itemsize) if tiles is None else tiles
     if tiles.columns not in (128, 256) or outputs % tiles.columns or full // BLACKWELL_STEP % tiles.splits:
         raise ValueError(
             f"{tiles} do not fit {outputs} outputs of {full} features: columns must be 128 or 256 and divide the "
