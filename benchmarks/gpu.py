@@ -97,14 +97,9 @@ def product(
     """``round(rotate(x)) @ weight.T`` by an implementation, N as padded."""
     if name == "portable":
         return portable.rotate_quantize_matmul(x, inter, intra, *weight, rule=rule, interpret=interpret)
-    if name == "hopper":
-        options = {"cores": 2, "interpret": interpreter(name)} if interpret else {}
-        return hopper.rotate_quantize_matmul(x, inter, intra, weight, rule=rule, **options)
-    if not interpret:
-        return blackwell.rotate_quantize_matmul(x, inter, intra, weight, rule=rule)
-    rounded = layout.to_blackwell(*portable.rotate_quantize(x, inter, intra, rule=rule, interpret=True))
-    made = blackwell.matmul(rounded, weight, dtype=x.dtype, cores=1, interpret=interpreter(name))
-    return made[: x.shape[0]]
+    call = hopper.rotate_quantize_matmul if name == "hopper" else blackwell.rotate_quantize_matmul
+    options = {"cores": 2, "interpret": interpreter(name)} if interpret else {}
+    return call(x, inter, intra, weight, rule=rule, **options)
 
 
 def check(name: str, case: tuple[Any, ...], interpret: bool) -> dict[str, Any]:

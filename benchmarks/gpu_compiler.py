@@ -74,7 +74,8 @@ class Call:
     """What to compile."""
 
     operation: str
-    """'portable', 'rotate' (the portable kernel of the activations), 'hopper' or 'blackwell'."""
+    """'portable', 'rotate' (the portable kernel of the activations; its scales swizzled on b200), 'hopper' or
+    'blackwell'."""
     target: str
     m: int
     k: int
@@ -317,6 +318,10 @@ def _compile(call: Call) -> dict[str, Any]:
     if call.operation in ("portable", "rotate"):
         function: Any = lambda *a: portable.rotate_quantize_matmul(*a, rule=call.rule)  # noqa: E731
         given = [x, *matrices, codes, scales]
+        if call.operation == "rotate":
+            swizzled = portable.rotate_quantize_swizzled
+            made = swizzled if call.target == "b200" else portable.rotate_quantize
+            function, given = lambda *a: made(*a, rule=call.rule), given[:3]
         chosen = portable.Tiles()
         tiles = [min(chosen.rows, max(16, m)), chosen.columns, chosen.depth, 1]
     elif call.operation == "hopper":

@@ -28,6 +28,7 @@ OPERATIONS = (
     ("hopper", "h100"),
     ("blackwell", "b200"),
     ("rotate", "h100"),
+    ("rotate", "b200"),
     ("portable", "a100"),
     ("portable", "rtx6000"),
 )

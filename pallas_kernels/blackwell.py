@@ -8,9 +8,9 @@ Of a block of threads one warp starts copies, one starts products, and a second 
 of 128 outputs there is tensor memory for two accumulators: one tile is written while the next is multiplied. With
 few tiles K is split, and XLA adds the parts.
 
-Activations are rotated and rounded by a kernel of their own (:func:`pallas_kernels.portable.rotate_quantize`), for
-the reason that :mod:`pallas_kernels.hopper` gives; it writes codes and scales, and XLA swizzles the scales, a byte
-for 32 features. Tensor cores take no bfloat16 beside 4-bit values: W4A16 has no kernel here.
+Activations are rotated and rounded by a kernel of their own (``portable.rotate_quantize_swizzled``), for the reason
+that :mod:`pallas_kernels.hopper` gives; it writes codes, and scales where the product reads them. Tensor cores take
+no bfloat16 beside 4-bit values: W4A16 has no kernel here.
 
 The interpreter has no block-scaled product: it runs the same kernel on operands that are decoded to bfloat16 before,
 which shows whether tiles, copies and barriers are right, and nothing about codes and scales.
@@ -34,7 +34,6 @@ from pallas_kernels.layout import (
     BLACKWELL_STEP,
     BLOCK,
     BlackwellOperand,
-    to_blackwell,
     unswizzle_scales,
 )
 from pallas_kernels.reference import Rule
@@ -276,13 +275,15 @@ def matmul(
 
 
 def rotate_quantize(
-    x: Float[Array, "m k"], inter: Any = None, intra: Any = None, *, rule: Rule
+    x: Float[Array, "m k"], inter: Any = None, intra: Any = None, *, rule: Rule, interpret: Any = False
 ) -> BlackwellOperand:
-    """Rotated activations as an operand: codes, and scales where the product reads them.
+    """Rotated activations as an operand, by :func:`pallas_kernels.portable.rotate_quantize_swizzled`.
 
-    Arguments and errors as in :func:`pallas_kernels.portable.rotate_quantize`; rows are filled up to 128.
+    Arguments and errors as there; rows are filled up to 128.
     """
-    return to_blackwell(*portable.rotate_quantize(x, inter, intra, rule=rule))
+    codes, scales = portable.rotate_quantize_swizzled(x, inter, intra, rule=rule, interpret=interpret)
+    values = lax.bitcast_convert_type(codes, jnp.float4_e2m1fn).reshape(codes.shape[0], -1)
+    return BlackwellOperand(values, lax.bitcast_convert_type(scales, jnp.float8_e8m0fnu))
 
 
 def rotate_quantize_matmul(
@@ -294,13 +295,14 @@ def rotate_quantize_matmul(
     rule: Rule | None,
     tiles: Tiles | None = None,
     cores: int = CORES,
+    interpret: Any = None,
 ) -> Float[Array, "m n"]:
     """``round(rotate(x)) @ weight.T``, in two kernels: :func:`rotate_quantize` and :func:`matmul`.
 
     Args:
       x: ``[M, K]`` bfloat16 or float32, any M from 1.
       inter, intra: None, or as ``torq_jax.TwoLevelRotation`` has them, in any of its shapes.
-      weight, tiles, cores: as in :func:`matmul`.
+      weight, tiles, cores, interpret: as in :func:`matmul`.
       rule: scale rule of the activations.
 
     Returns:
@@ -314,7 +316,6 @@ def rotate_quantize_matmul(
             "sm_100's block-scaled product takes MXFP4 activations: name a scale rule, or use "
             "implementation='portable'"
         )
-    product = matmul(
-        rotate_quantize(x, inter, intra, rule=rule), weight, dtype=x.dtype, tiles=tiles, cores=cores
-    )
+    rounded = rotate_quantize(x, inter, intra, rule=rule, interpret=interpret is not None)
+    product = matmul(rounded, weight, dtype=x.dtype, tiles=tiles, cores=cores, interpret=interpret)
     return product[: x.shape[0]]

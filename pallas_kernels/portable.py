@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels import elements
-from pallas_kernels.layout import BLOCK
+from pallas_kernels.layout import BLACKWELL_ROWS, BLACKWELL_STEP, BLOCK, swizzle_scales
 from pallas_kernels.reference import RULES, Rule, by_position
 
 LEAST = 16
@@ -147,13 +147,25 @@ def _activation_kernel(*refs: Any, inter: bool, intra: bool, rule: str | None) -
     pairs = code.reshape(*code.shape[:2], BLOCK // 2, 2)
     nibble = lax.broadcasted_iota(jnp.int32, pairs.shape, 3)
     codes_ref[...] = jnp.sum(pairs << (4 * nibble), axis=3).astype(jnp.uint8)
+    if len(scales_ref.shape) == 3:  # swizzled: four groups of four blocks, rows in the middle
+        scale = scale.reshape(-1, LEAST // 4, 4).transpose(1, 0, 2)
     scales_ref[...] = scale.astype(jnp.uint8)
 
 
 def _activations(
-    x: Any, inter: Any, intra: Any, rule: Rule | None, values: Any, options: dict[str, Any]
+    x: Any,
+    inter: Any,
+    intra: Any,
+    rule: Rule | None,
+    values: Any,
+    options: dict[str, Any],
+    swizzled: bool = False,
 ) -> list[Any]:
-    """Codes and scales, or values of the dtype ``values``: ``[M, blocks, ...]``, M a multiple of 16."""
+    """Codes and scales, or values of the dtype ``values``: ``[M, blocks, ...]``, M a multiple of 16.
+
+    ``swizzled``: scales ``[M/128, blocks/4, 32, 16]`` as ``layout.swizzle_scales`` has them, M a multiple of 128 and
+    no block filled up.
+    """
     rows, features = x.shape
     units = _units(features, inter)
     x = _fill(x.reshape(rows, units.blocks, BLOCK), 1, units)  # [M, number, unit, 32]
@@ -183,21 +195,28 @@ def _activations(
             jax.ShapeDtypeStruct((*outer, BLOCK // 2), jnp.uint8),
             jax.ShapeDtypeStruct(outer, jnp.uint8),
         ]
+    out_specs = [
+        pl.BlockSpec((row_tile, None, LEAST, *shapes[0].shape[3:]), lambda m, u, h: (m, u, h, 0)),
+        pl.BlockSpec((row_tile, None, LEAST), lambda m, u, h: (m, u, h)),
+    ][: len(shapes)]
+    if swizzled:
+        # Rows that are 32 apart stand side by side: 16 rows fill a fourth of 16 bytes in half of the 32 lanes.
+        shapes[1] = jax.ShapeDtypeStruct((rows // 128, units.blocks // 4, 32, 4, 4), jnp.uint8)
+        out_specs[1] = pl.BlockSpec(
+            (None, LEAST // 4, LEAST, None, 4),
+            lambda m, u, h: (m // 8, u * steps + h, m % 2, m % 8 // 2, 0),
+        )
     made = pl.pallas_call(
         functools.partial(_activation_kernel, inter=inter is not None, intra=intra is not None, rule=rule),
         out_shape=shapes,
         grid=(rows // row_tile, units.number, steps),
         in_specs=in_specs,
-        out_specs=[
-            pl.BlockSpec(
-                (row_tile, None, LEAST, *s.shape[3:]),
-                (lambda m, u, h: (m, u, h)) if len(s.shape) == 3 else (lambda m, u, h: (m, u, h, 0)),
-            )
-            for s in shapes
-        ],
+        out_specs=out_specs,
         name="torq_portable_rotate",
         **options,
     )(x, *matrices)
+    if swizzled:
+        return [_take(made[0], units), made[1].reshape(*made[1].shape[:3], 16)]
     return [_take(a, units) for a in made]
 
 
@@ -379,6 +398,38 @@ def rotate_quantize(
     made = _activations(_padded_rows(x), inter, intra, rule, None, _options(tiles, interpret))
     codes, scales = (a.reshape(a.shape[0], -1)[: x.shape[0]] for a in made)
     return codes, scales
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "tiles", "interpret"))
+def rotate_quantize_swizzled(
+    x: Float[Array, "m k"],
+    inter: Any = None,
+    intra: Any = None,
+    *,
+    rule: Rule,
+    tiles: Tiles = Tiles(),  # noqa: B008
+    interpret: Any = False,
+) -> tuple[UInt8[Array, "m k2"], UInt8[Array, "m128 k128 32 16"]]:
+    """:func:`rotate_quantize` for the Blackwell product: M and K filled up, scales where it reads them.
+
+    Arguments and errors as there.
+
+    Returns:
+      ``codes [M, K/2]`` and ``scales [M/128, K/128, 32, 16]``, uint8, as ``layout.to_blackwell`` of what
+      :func:`rotate_quantize` gives: M filled up to a multiple of 128, K of 256. The kernel swizzles where its tiles
+      of 16 blocks fit the rotation's groups (powers of two) and K is a multiple of 512; XLA does otherwise.
+    """
+    check(x, inter, intra, rule)
+    units, options = _units(x.shape[1], inter), _options(tiles, interpret)
+    if units.wide != units.group or units.blocks % LEAST:
+        codes, scales = _activations(_padded_rows(x), inter, intra, rule, None, options)
+        codes, scales = (a.reshape(a.shape[0], -1) for a in (codes, scales))
+        more_m, more_k = -codes.shape[0] % BLACKWELL_ROWS, -x.shape[1] % BLACKWELL_STEP
+        codes = jnp.pad(codes, ((0, more_m), (0, more_k // 2)))
+        return codes, swizzle_scales(jnp.pad(scales, ((0, more_m), (0, more_k // BLOCK))))
+    filled = jnp.pad(x, ((0, -x.shape[0] % BLACKWELL_ROWS), (0, 0)))
+    codes, scales = _activations(filled, inter, intra, rule, None, options, swizzled=True)
+    return codes.reshape(filled.shape[0], -1), scales
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "tiles", "interpret"))
