@@ -236,8 +236,8 @@ def rotation_shapes(k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def bounds(call: Call, result: dict[str, Any]) -> dict[str, float]:
     """Microseconds that a call takes at least: for its bytes, its multiply-adds, its other instructions.
 
-    ``memory_us``: all bytes once. ``tensor_us``: multiply-adds of whole tiles at the peak rate. ``issue_us``, of the
-    Hopper kernel: the inner loop's instructions, one a cycle for each of a multiprocessor's four schedulers.
+    ``memory_us``: all bytes once. ``tensor_us``: multiply-adds of whole tiles at the peak rate. ``issue_us``, where
+    threads decode: the inner loop's instructions, one a cycle for each of a multiprocessor's four schedulers.
     ``tile_bytes``: what the tiles load, most of it from the L2 cache.
     """
     target = TARGETS[call.target]
@@ -258,8 +258,8 @@ def bounds(call: Call, result: dict[str, Any]) -> dict[str, float]:
     # Whole tiles, in rounds of as many as there are multiprocessors.
     rounds = math.ceil(tiles_m * tiles_n * splits / target.cores) / splits
     made["tensor_us"] = rounds * rows * columns * call.k / target.multiply_adds / target.clock * 1e6
-    if call.operation == "hopper" and result.get("loop"):
-        warps, schedulers = 8, 4
+    if call.operation in ("hopper", "portable") and result.get("loop"):
+        warps, schedulers = 8 if call.operation == "hopper" else 4, 4
         steps = rounds * call.k / depth
         made["issue_us"] = steps * sum(result["loop"].values()) * warps / schedulers / target.clock * 1e6
     return made

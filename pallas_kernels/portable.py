@@ -5,7 +5,8 @@ Blocks, loops and :func:`jnp.dot` only, which Pallas lowers through Triton; the 
 
 Two kernels, not one. A tile of the product needs all of K of its rows, so a single kernel would rotate and round
 the same rows once for every tile of N: with 4096 outputs and tiles of 64, 64 times. The first kernel rotates and
-rounds each row once and writes codes and scales, a quarter of the bytes it reads; the second decodes both operands.
+rounds each row once. For the product that follows it writes values in bfloat16, which holds MXFP4 exactly: codes
+would be a quarter of the bytes, and decoded again by every tile of N. Blackwell's product reads codes, and gets them.
 
 The first kernel mixes position by position: with ``X [M, B, 32]``, for each of the 32 positions k one product
 ``Y_k = X[:, :, k] @ inter[k]``, whose columns are blocks, and then, block by block, the rank-one update
@@ -231,20 +232,20 @@ def _decoded(codes_ref: Any, scales_ref: Any, step: Any, depth: int, dtype: Any)
     code = ((pair >> (4 * nibble)) & 15).reshape(rows, depth // BLOCK, BLOCK)
     scale = scales_ref[:, pl.ds(step * (depth // BLOCK), depth // BLOCK)].astype(jnp.int32)
     # Exact in bfloat16: two significant bits, and the same exponents as float32.
-    return elements.decode(code, scale[:, :, None]).astype(dtype).reshape(rows, depth)
+    value = elements.scale_value(scale)[:, :, None]
+    return elements.decode_quickly(code, value).astype(dtype).reshape(rows, depth)
 
 
-def _matmul_kernel(*refs: Any, depth: int, rounded: bool) -> None:
-    *left, codes_ref, scales_ref, out_ref = refs
-    dtype = jnp.bfloat16 if rounded else left[0].dtype
+def _matmul_kernel(x_ref: Any, codes_ref: Any, scales_ref: Any, out_ref: Any, *, depth: int) -> None:
+    dtype = x_ref.dtype
     exact = lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
     def step(i: Any, total: Any) -> Any:
-        x = _decoded(left[0], left[1], i, depth, dtype) if rounded else left[0][:, pl.ds(i * depth, depth)]
+        x = x_ref[:, pl.ds(i * depth, depth)]
         w = _decoded(codes_ref, scales_ref, i, depth, dtype)
         return total + jnp.dot(x, w.T, precision=exact, preferred_element_type=jnp.float32)
 
-    count = codes_ref.shape[1] * 2 // depth
+    count = x_ref.shape[1] // depth
     total = lax.fori_loop(0, count, step, jnp.zeros(out_ref.shape, jnp.float32))
     out_ref[...] = total.astype(out_ref.dtype)
 
@@ -254,27 +255,26 @@ def _largest(size: int, most: int) -> int:
     return min(size & -size, most)
 
 
-def _matmul(left: list[Any], codes: Any, scales: Any, out_dtype: Any, tiles: Tiles, options: dict) -> Any:
-    """``left``: codes and scales of the activations, or their values, ``[M, ...]`` with M a multiple of 16."""
-    rounded, rows, outputs = len(left) == 2, left[0].shape[0], codes.shape[0]
+def _matmul(x: Any, codes: Any, scales: Any, out_dtype: Any, tiles: Tiles, options: dict[str, Any]) -> Any:
+    """``x [M, K] @ weight.T``, M a multiple of 16."""
+    (rows, size), outputs = x.shape, codes.shape[0]
     more = -outputs % LEAST
     if more:
         codes, scales = (jnp.pad(a, ((0, more), (0, 0))) for a in (codes, scales))
-    columns = _largest(outputs + more, tiles.columns)
-    row_tile = _largest(rows, tiles.rows)
-    whole = [a.shape[1] for a in (*left, codes, scales)]
+    columns, row_tile = _largest(outputs + more, tiles.columns), _largest(rows, tiles.rows)
     y = pl.pallas_call(
-        functools.partial(_matmul_kernel, depth=_largest(codes.shape[1] * 2, tiles.depth), rounded=rounded),
+        functools.partial(_matmul_kernel, depth=_largest(size, tiles.depth)),
         out_shape=jax.ShapeDtypeStruct((rows, outputs + more), out_dtype),
         grid=(rows // row_tile, (outputs + more) // columns),
         in_specs=[
-            *(pl.BlockSpec((row_tile, size), lambda m, n: (m, 0)) for size in whole[:-2]),
-            *(pl.BlockSpec((columns, size), lambda m, n: (n, 0)) for size in whole[-2:]),
+            pl.BlockSpec((row_tile, size), lambda m, n: (m, 0)),
+            pl.BlockSpec((columns, size // 2), lambda m, n: (n, 0)),
+            pl.BlockSpec((columns, size // BLOCK), lambda m, n: (n, 0)),
         ],
         out_specs=pl.BlockSpec((row_tile, columns), lambda m, n: (m, n)),
         name="torq_portable_matmul",
         **options,
-    )(*left, codes, scales)
+    )(x, codes, scales)
     return y[:, :outputs]
 
 
@@ -459,10 +459,5 @@ def rotate_quantize_matmul(
     """
     check(x, inter, intra, rule)
     check_weight(x.shape[1], codes, scales)
-    options, rows = _options(tiles, interpret), x.shape[0]
-    filled = _padded_rows(x)
-    left = [filled]
-    if rule is not None or inter is not None or intra is not None:
-        left = _activations(filled, inter, intra, rule, x.dtype if rule is None else None, options)
-        left = [a.reshape(filled.shape[0], -1) for a in left]
-    return _matmul(left, codes, scales, x.dtype, tiles, options)[:rows]
+    z = _padded_rows(rotate_round(x, inter, intra, rule=rule, tiles=tiles, interpret=interpret))
+    return _matmul(z, codes, scales, x.dtype, tiles, _options(tiles, interpret))[: x.shape[0]]

@@ -107,6 +107,15 @@ def test_elements_are_those_of_mxfp4_for_every_kind_of_pattern(rule):
     )
 
 
+def test_quick_decoding_is_exact_for_every_code_and_scale():
+    code, scale = jnp.arange(16)[None], jnp.arange(256)[:, None]
+    quick = np.asarray(elements.decode_quickly(code, elements.scale_value(scale)))
+    exact = np.asarray(elements.decode(code, scale))
+    np.testing.assert_array_equal(quick[2:], exact[2:])
+    # Below lie subnormal numbers, which this device may flush, up to 6 times 2**-127.
+    assert (np.abs(quick[:2] - exact[:2]) < 2.0**-124).all()
+
+
 def test_random_data_differs_at_rounding_boundaries_only():
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (16, 512), BF16)
