@@ -241,6 +241,16 @@ def bounds(call: Call, result: dict[str, Any]) -> dict[str, float]:
     ``tile_bytes``: what the tiles load, most of it from the L2 cache.
     """
     target = TARGETS[call.target]
+    if call.operation == "rotate":
+        matrices = sum(math.prod(shape) for shape in (call.inter, call.intra) if shape is not None)
+        moved = call.m * call.k * (2 + 4.25 / 8) + 2 * matrices
+        made = {"bytes": moved, "memory_us": moved / target.bandwidth * 1e6}
+        if result.get("loop"):
+            # A program of four warps has 16 rows of 512 features and runs the loop for 32 positions.
+            programs = math.ceil(call.m / 16) * math.ceil(call.k / 512)
+            cycles = math.ceil(programs / target.cores) * 32 * sum(result["loop"].values())
+            made["issue_us"] = cycles / target.clock * 1e6
+        return made
     weight = call.k * call.n * 4.25 / 8
     x_bits = 4.25 if call.operation == "blackwell" else 16
     moved = weight + call.m * call.k * x_bits / 8 + 2 * call.m * call.n
@@ -315,15 +325,16 @@ def _compile(call: Call) -> dict[str, Any]:
     matrices = [None if s is None else shape(s, jnp.float32) for s in (call.inter, call.intra)]
     codes, scales = shape((n, k // 2), jnp.uint8), shape((n, k // 32), jnp.uint8)
     tiles: Any = None
-    if call.operation in ("portable", "rotate"):
-        function: Any = lambda *a: portable.rotate_quantize_matmul(*a, rule=call.rule)  # noqa: E731
+    function: Any
+    if call.operation == "portable":
+        function = lambda *a: portable.rotate_quantize_matmul(*a, rule=call.rule)  # noqa: E731
         given = [x, *matrices, codes, scales]
-        if call.operation == "rotate":
-            swizzled = portable.rotate_quantize_swizzled
-            made = swizzled if call.target == "b200" else portable.rotate_quantize
-            function, given = lambda *a: made(*a, rule=call.rule), given[:3]
         chosen = portable.Tiles()
         tiles = [min(chosen.rows, max(16, m)), chosen.columns, chosen.depth, 1]
+    elif call.operation == "rotate":
+        rotate = portable.rotate_quantize_swizzled if call.target == "b200" else portable.rotate_quantize
+        function = lambda *a: rotate(*a, rule=call.rule)  # noqa: E731
+        given = [x, *matrices]
     elif call.operation == "hopper":
         weight = jax.eval_shape(layout.to_hopper, codes, scales)
         function = lambda x, *w: hopper.matmul(x, layout.HopperWeight(*w))  # noqa: E731

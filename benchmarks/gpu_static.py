@@ -64,8 +64,6 @@ def print_table(result: dict[str, Any]) -> None:
             f"{sum(loop.values())}, {tensor} tensor" if loop else "–",
         ]
         times = {name: found["bounds"].get(f"{name}_us") for name in ("memory", "tensor", "issue")}
-        if operation == "rotate":
-            times = dict.fromkeys(times)
         cells += ["–" if time is None else f"{time:.2f}" for time in times.values()]
         known = {name: time for name, time in times.items() if time is not None}
         cells.append(max(known, key=known.__getitem__) if known else "–")
@@ -99,13 +97,15 @@ def main() -> int:
     with progress(len(lacking), "compiling") as shown:
         for key, call in lacking.items():
             found = compile_call(call)
-            if "error" not in found:
-                found["bounds"] = bounds(call, found)
             had[key] = found
             result |= {"machine": describe(), "ptxas": toolkit()}
             options.json.write_text(json.dumps(result, indent=0) + "\n")
             shown.advance()
     result["calls"] = {key: had[key] for key in calls}
+    for key, call in calls.items():
+        if "error" not in had[key]:
+            had[key]["bounds"] = bounds(call, had[key])
+    options.json.write_text(json.dumps(result, indent=0) + "\n")
     print_table(result)
     return 0
 

@@ -78,7 +78,7 @@ def decode_quickly(code: Any, value: Any) -> Any:
     """:func:`decode` in a third of the instructions, of scales as :func:`scale_value` gives them.
 
     float16 has subnormal numbers where E2M1 has its 0.5: an E2M1 pattern with more zeros behind is a float16, times
-    ``2**-14``. Exact but where a device flushes what is subnormal in float32: all of scale 0, and what is below 2**-126.
+    ``2**-14``. Exact but where a device flushes what is subnormal in float32: scale 0, and what is below 2**-126.
     """
     pattern = ((code & 7) << 9) | ((code & 8) << 12)
     half = lax.bitcast_convert_type(pattern.astype(jnp.uint16), jnp.float16)
