@@ -1,217 +1,376 @@
-"""Kernels compiled for GPUs that are not attached: registers, spills and shared memory of each, as ptxas counts them.
+"""The GPU kernels compiled to machine code for GPUs that are not attached, and what the code shows.
 
-XLA's CUDA plugin lowers and compiles for a description of a GPU, in a process of its own for each; the PTX that it
-leaves behind goes through ``ptxas -v`` once more, for the figures. Nothing runs, and there is no estimate of time.
-Needs Python 3.12, ``pip install 'torq-jax[gpu-compile]'`` and an installed CUDA toolkit.
-
-``python -m benchmarks.gpu_compiler`` compiles everything and prints a table.
+Pallas lowers to PTX for a described target, ``ptxas`` says registers, spills and shared memory, ``nvdisasm``, where
+there is one, the instructions of the inner loop. Nothing runs. Needs Python 3.12, ``pip install
+'torq-jax[gpu-compile]'`` and a CUDA toolkit's ptxas and libdevice. A process of its own for every call, because
+Mosaic GPU takes one target a process and a compiler that gives up takes its process with it.
 """
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import glob
 import importlib.util
+import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
-
-from pallas_kernels import portable
-
-PATIENCE = 600
-"""Seconds that a target may take."""
+PATIENCE = 150
+"""Seconds that a compilation may take."""
 
 
 class Target(NamedTuple):
-    """What XLA and Triton have to know of a GPU; from NVIDIA's data sheets and CUDA's device queries."""
+    """A GPU: what its compiler must know, and what bounds a kernel on it, by its vendor's data sheet."""
 
     name: str
-    major: int
+    capability: tuple[int, int]
+    accelerated: bool
+    """Whether its code is for this capability alone, as wgmma and tcgen05 need."""
     cores: int
-    shared_memory: int
-    """Bytes of shared memory that a block may ask for."""
-    shared_memory_core: int
-    threads_core: int
-    l2: int
+    shared: int
+    """Bytes of shared memory that a block of threads may take."""
     memory: int
-    bandwidth: int
+    bandwidth: float
     """Bytes a second."""
+    clock: float
+    """Cycles a second, such that the tensor cores give the published peak."""
+    multiply_adds: int
+    """A cycle and multiprocessor: of bfloat16, on b200 of 4-bit values."""
+
+    @property
+    def architecture(self) -> str:
+        return f"sm_{self.capability[0]}{self.capability[1]}{'a' if self.accelerated else ''}"
 
 
 TARGETS = {
-    "sm_90a": Target(
-        "NVIDIA H100 80GB HBM3", 9, 132, 232448, 233472, 2048, 52428800, 84942979072, 3352320000000
-    ),
-    "sm_100a": Target("NVIDIA B200", 10, 148, 232448, 233472, 2048, 132644864, 191514411008, 7672320000000),
-    "sm_120a": Target(
-        "NVIDIA RTX PRO 6000 Blackwell", 12, 188, 101376, 131072, 1536, 134217728, 102625181696, 1792000000000
+    "a100": Target("NVIDIA A100-SXM4-80GB", (8, 0), False, 108, 166912, 80 << 30, 2.04e12, 1.41e9, 1024),
+    "h100": Target("NVIDIA H100 80GB HBM3", (9, 0), True, 132, 232448, 80 << 30, 3.35e12, 1.83e9, 2048),
+    "b200": Target("NVIDIA B200", (10, 0), True, 148, 232448, 180 << 30, 8.0e12, 1.85e9, 16384),
+    "rtx6000": Target(
+        "NVIDIA RTX PRO 6000 Blackwell Server Edition",
+        (12, 0),
+        False,
+        188,
+        101376,
+        96 << 30,
+        1.6e12,
+        2.45e9,
+        512,
     ),
 }
 
 
-class Case(NamedTuple):
-    """A product to compile, with its rotation."""
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What to compile."""
 
-    rows: int
+    operation: str
+    """'portable', 'rotate' (the portable kernel of the activations; its scales swizzled on b200), 'hopper' or
+    'blackwell'."""
+    target: str
+    m: int
     k: int
     n: int
-    dtype: str
-    rule: str | None
-    inter: tuple[int, ...] | None
-    intra: tuple[int, ...] | None
+    inter: tuple[int, ...] | None = None
+    intra: tuple[int, ...] | None = None
+    rule: str | None = "even"
 
 
-CASES = {
-    "few_rows": Case(1, 4096, 4096, "bfloat16", "even", (32, 8, 16, 16), (128, 32, 32)),
-    "many_rows": Case(1024, 4096, 14336, "bfloat16", "even", (32, 8, 16, 16), (128, 32, 32)),
-    "weights_only": Case(1024, 4096, 4096, "bfloat16", None, (128, 128), (32, 32)),
-    "float32": Case(64, 4032, 1000, "float32", "ceil", (32, 14, 9, 9), (32, 32)),
+KERNELS = {
+    "portable": "torq_portable_matmul",
+    "rotate": "torq_portable_rotate",
+    "hopper": "torq_hopper_matmul",
+    "blackwell": "torq_blackwell_matmul",
 }
+"""The kernel that is looked at, by operation."""
+
+EXPECTED = {"portable": "HMMA", "rotate": "HMMA", "hopper": "HGMMA", "blackwell": "UTCOMMA"}
+"""The tensor core's instruction in machine code. On sm_90a Triton makes wgmma of the portable product, too."""
+
+PTX = {
+    "portable": r"mma\.sync|wgmma",
+    "rotate": r"mma\.sync|wgmma",
+    "hopper": "wgmma",
+    "blackwell": r"tcgen05\.mma",
+}
+"""And in PTX."""
 
 
 def missing() -> str | None:
-    """What this machine lacks to compile, and how to get it; None where nothing is missing."""
-    if not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13)):
-        return "XLA's CUDA plugin is missing: pip install 'torq-jax[gpu-compile]'"
-    if jax.__version_info__ < (0, 12):
-        return f"jax {jax.__version__} is too old to describe these GPUs: needs 0.12"
-    if not _ptxas():
-        return "ptxas is missing: install the CUDA toolkit and put its bin folder on PATH"
+    """Why nothing can be compiled here; None if it can."""
+    if sys.version_info < (3, 12):
+        return "the GPU compilers need jax 0.12, which needs Python 3.12"
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        return "jax-cuda13-plugin is missing: pip install 'torq-jax[gpu-compile]'"
+    if shutil.which("ptxas") is None:
+        return "ptxas is missing: install a CUDA toolkit and put its bin folder on the PATH"
     return None
 
 
-def compile_cases(target: str, cases: list[str]) -> list[dict[str, Any]]:
-    """Each kernel of each case: ``case, kernel, registers, spills, shared, products``.
+def disassembler() -> str | None:
+    """Path of nvdisasm: on the PATH, or of the package nvidia-cuda-nvdisasm."""
+    found = shutil.which("nvdisasm")
+    if found is None:
+        for folder in sys.path:
+            for name in glob.glob(f"{folder}/nvidia/*/bin/nvdisasm"):
+                return name
+    return found
 
-    spills: bytes of register spills, stores and loads together. shared: bytes of shared memory that the kernel asks
-    for. products: the matrix instructions in its PTX.
 
-    Raises:
-      RuntimeError: a case does not compile, with the end of what the compiler said.
+def compile_call(call: Call) -> dict[str, Any]:
+    """Compile in a process of its own.
+
+    Returns:
+      Registers, spilled and stack bytes, shared bytes, ``tensor_ptx`` (tensor instructions in PTX), tiles, seconds,
+      and ``loop``: instructions of the inner loop by name, None without nvdisasm. Or an ``error``.
     """
+    reason = missing()
+    if reason is not None:
+        raise SystemExit(reason)
+    begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # which looks for a driver
+            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+            "MOSAIC_GPU_DUMP_TO": folder,
+            "MOSAIC_GPU_DUMP_PTX": "1",
             "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_emitter_re=.*",
         }
-        command = [sys.executable, "-m", "benchmarks.gpu_compiler", target, *cases]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-        if done.returncode:
-            raise RuntimeError(f"{target} does not compile: {done.stderr[-2000:]}")
-        found = []
-        for path in sorted(Path(folder).glob("*.ptx")):
-            text = path.read_text()
-            kernel = re.search(r"\.entry (\w+)", text)
-            if kernel and kernel[1].startswith("torq_"):  # XLA makes others, for padding and transposition
-                case = path.name.split(".")[1].removeprefix("jit_")
-                shared = _shared_memory(Path(folder) / f"jit_{case}.{kernel[1]}.triton-to-llvm.txt")
-                products = sorted(set(re.findall(r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\.", text)))
-                found.append(
-                    {"case": case, "kernel": kernel[1]}
-                    | _resources(path, target)
-                    | {"shared": shared, "products": products}
-                )
-        return found
+        command = [sys.executable, "-m", "benchmarks.gpu_compiler"]
+        text = json.dumps(dataclasses.asdict(call))
+        try:
+            ran = subprocess.run(
+                command, input=text, capture_output=True, env=environment, text=True, timeout=PATIENCE
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"the compiler took more than {PATIENCE} s"}
+        said = [line for line in ran.stdout.splitlines() if line.startswith("{")]
+        if not said:
+            return {
+                "error": " ".join(ran.stderr.split())[-300:] or f"the compiler ended with {ran.returncode}"
+            }
+        result = json.loads(said[-1])
+        if "error" not in result:
+            result |= _inspect(call, Path(folder))
+    return result | {"seconds": round(time.monotonic() - begun, 1)}
 
 
-def _ptxas() -> str | None:
-    return shutil.which("ptxas", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
+def _inspect(call: Call, folder: Path) -> dict[str, Any]:
+    kernel, target = KERNELS[call.operation], TARGETS[call.target]
+    for path in folder.glob("*.ptx"):
+        ptx = path.read_text()
+        if re.search(rf"\.entry {kernel}", ptx):
+            break
+    else:
+        return {"error": f"no PTX of {kernel} was written"}
+    cubin = folder / "kernel.cubin"
+    ran = subprocess.run(
+        ["ptxas", "-v", f"-arch={target.architecture}", str(path), "-o", str(cubin)],
+        capture_output=True,
+        text=True,
+    )
+    if ran.returncode:
+        return {"error": " ".join(ran.stderr.split())[-300:]}
+
+    def number(pattern: str, source: str) -> int | None:
+        found = re.search(pattern, source)
+        return int(found.group(1)) if found else None
+
+    log = ran.stderr + ran.stdout
+    shared = None
+    for dumped in (*folder.glob(f"{kernel}*.resources.txt"), *folder.glob(f"*{kernel}*.triton-to-llvm.txt")):
+        shared = number(r"(?:smem_scratch_bytes=|ttg\.shared = )(\d+)", dumped.read_text())
+    return {
+        "registers": number(r"Used (\d+) registers", log),
+        "spill_stores": number(r"(\d+) bytes spill stores", log),
+        "spill_loads": number(r"(\d+) bytes spill loads", log),
+        "stack": number(r"(\d+) bytes stack frame", log),
+        "shared": shared,
+        "serialized": "wgmma" in log and "serialized" in log,
+        "tensor_ptx": len(re.findall(PTX[call.operation], ptx)),
+        "loop": _inner_loop(cubin, call.operation),
+    }
 
 
-def _resources(ptx: Path, target: str) -> dict[str, int]:
-    program = _ptxas()
-    assert program
-    command = [program, "-v", f"-arch={target}", str(ptx), "-o", str(ptx.with_suffix(".cubin"))]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    registers = re.findall(r"Used (\d+) registers", said)
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
-    if not registers or not spills:
-        raise RuntimeError(f"ptxas names no registers or no spills: {said[-500:]}")
-    return {"registers": max(map(int, registers)), "spills": sum(map(int, spills))}
+def _inner_loop(cubin: Path, operation: str) -> dict[str, int] | None:
+    """Instructions of the shortest loop around a tensor instruction, by name."""
+    tool = disassembler()
+    if tool is None:
+        return None
+    text = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True).stdout
+    labels: dict[str, int] = {}
+    names: list[str] = []
+    best: list[str] | None = None
+    for line in text.splitlines():
+        label = re.match(r"\s*(\.L_x?_?\d+):", line)
+        if label:
+            labels[label.group(1)] = len(names)
+        found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_]+)", line)
+        if not found:
+            continue
+        names.append(found.group(1))
+        back = re.search(r"`?\(?(\.L_x?_?\d+)", line) if found.group(1) == "BRA" else None
+        if back and back.group(1) in labels:
+            body = names[labels[back.group(1)] :]
+            tensor = any(re.match(r"HGMMA|HMMA|UTC\w*MMA|QMMA|OMMA", name) for name in body)
+            if tensor and (best is None or len(body) < len(best)):
+                best = body
+    return None if best is None else dict(collections.Counter(best).most_common())
 
 
-def _shared_memory(passes: Path) -> int | None:
-    """From the last of Triton's passes: PTX does not have it, since it is asked for at launch."""
-    found = re.findall(r"ttg\.shared = (\d+)", passes.read_text()) if passes.exists() else []
-    return int(found[-1]) if found else None
+def rotation_shapes(k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A rotation of the default method's kind: groups of 16 blocks by position, a matrix for each block."""
+    blocks = k // 32
+    return (32, blocks // 16, 16, 16), (blocks, 32, 32)
+
+
+def bounds(call: Call, result: dict[str, Any]) -> dict[str, float]:
+    """Microseconds that a call takes at least: for its bytes, its multiply-adds, its other instructions.
+
+    ``memory_us``: all bytes once. ``tensor_us``: multiply-adds of whole tiles at the peak rate. ``issue_us``, where
+    threads decode: the inner loop's instructions, one a cycle for each of a multiprocessor's four schedulers.
+    ``tile_bytes``: what the tiles load, most of it from the L2 cache.
+    """
+    target = TARGETS[call.target]
+    if call.operation == "rotate":
+        matrices = sum(math.prod(shape) for shape in (call.inter, call.intra) if shape is not None)
+        moved = call.m * call.k * (2 + 4.25 / 8) + 2 * matrices
+        made = {"bytes": moved, "memory_us": moved / target.bandwidth * 1e6}
+        if result.get("loop"):
+            # A program of four warps has 16 rows of 512 features and runs the loop for 32 positions.
+            programs = math.ceil(call.m / 16) * math.ceil(call.k / 512)
+            cycles = math.ceil(programs / target.cores) * 32 * sum(result["loop"].values())
+            made["issue_us"] = cycles / target.clock * 1e6
+        return made
+    weight = call.k * call.n * 4.25 / 8
+    x_bits = 4.25 if call.operation == "blackwell" else 16
+    moved = weight + call.m * call.k * x_bits / 8 + 2 * call.m * call.n
+    made = {
+        "bytes": moved,
+        "memory_us": moved / target.bandwidth * 1e6,
+        "tensor_us": call.m * call.k * call.n / target.multiply_adds / target.cores / target.clock * 1e6,
+    }
+    tiles = result.get("tiles")
+    if tiles is None:
+        return made
+    rows, columns, depth, splits = tiles
+    tiles_m, tiles_n = math.ceil(call.m / rows), math.ceil(call.n / columns)
+    made["tile_bytes"] = tiles_m * tiles_n * call.k * (rows * x_bits + columns * 4.25) / 8
+    # Whole tiles, in rounds of as many as there are multiprocessors.
+    rounds = math.ceil(tiles_m * tiles_n * splits / target.cores) / splits
+    made["tensor_us"] = rounds * rows * columns * call.k / target.multiply_adds / target.clock * 1e6
+    if call.operation in ("hopper", "portable") and result.get("loop"):
+        warps, schedulers = 8 if call.operation == "hopper" else 4, 4
+        steps = rounds * call.k / depth
+        made["issue_us"] = steps * sum(result["loop"].values()) * warps / schedulers / target.clock * 1e6
+    return made
+
+
+# ---------------------------------------------------------------- the child
 
 
 def _description(target: Target) -> str:
+    """A target as XLA reads it; limits of a block that all of them share are the architecture's."""
+    major, minor = target.capability
+    feature = "ACCELERATED_FEATURES" if target.accelerated else "NONE"
+    threads = 1536 if major == 12 else 2048
     return f"""gpu_device_info {{
-  name: "{target.name}"
-  cuda_compute_capability {{ major: {target.major} minor: 0 feature_extension: ACCELERATED_FEATURES }}
-  core_count: {target.cores} fpus_per_core: 128 clock_rate_ghz: 1.98
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {target.threads_core}
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: {target.shared_memory}
-  shared_memory_per_core: {target.shared_memory_core}
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: {target.shared + 1024} threads_per_core_limit: {threads} core_count: {target.cores}
+  fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {int(target.bandwidth)} l2_cache_size: 52428800 clock_rate_ghz: {target.clock / 1e9}
+  device_memory_size: {target.memory} shared_memory_per_block_optin: {target.shared}
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {feature} }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  l2_cache_size: {target.l2} device_memory_size: {target.memory} memory_bandwidth: {target.bandwidth}
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64 name: "{target.name}"
   driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
 }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{target.name}"
 """
 
 
-def _compile(target: str, name: str) -> None:
-    """Lower and compile a case in this process; XLA dumps what it makes."""
-    case = CASES[name]
+def _compile(call: Call) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
+
+    from pallas_kernels import blackwell, hopper, layout, portable
+
+    target = TARGETS[call.target]
     topology = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name="1x1x1",
-        topology="1x1x1",
-        target_config=_description(TARGETS[target]),
+        platform="cuda", topology_name="1x1x1", target_config=_description(target), topology="1x1x1"
     )
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    device = topology.devices[0]
 
-    def shape(dims: tuple[int, ...] | None, dtype: Any) -> Any:
-        return None if dims is None else jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+    class Device(AbstractDevice):
+        """Mosaic GPU asks for this, and takes sm_90 where there is none."""
 
-    def product(x: Any, codes: Any, scales: Any, inter: Any, intra: Any) -> Any:
-        return portable.rotate_quantize_matmul(x, inter, intra, codes, scales, rule=case.rule)
+        compute_capability = f"{target.capability[0]}.{target.capability[1]}"
 
-    product.__name__ = name
-    dtype = jnp.dtype(case.dtype)
-    given = [
-        shape((case.rows, case.k), dtype),
-        shape((case.n, case.k // 2), jnp.uint8),
-        shape((case.n, case.k // 32), jnp.uint8),
-        shape(case.inter, dtype),
-        shape(case.intra, dtype),
-    ]
-    # Pallas asks for a device when it lowers, not when it compiles.
-    device = jax.sharding.AbstractDevice(
-        device_kind=TARGETS[target].name, num_cores=TARGETS[target].cores, platform="gpu"
-    )
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        lowered = jax.jit(product).trace(*given).lower(lowering_platforms=("cuda",))
+    def shape(sizes: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=SingleDeviceSharding(device))
+
+    m, k, n = call.m, call.k, call.n
+    x = shape((m, k), jnp.bfloat16)
+    matrices = [None if s is None else shape(s, jnp.float32) for s in (call.inter, call.intra)]
+    codes, scales = shape((n, k // 2), jnp.uint8), shape((n, k // 32), jnp.uint8)
+    tiles: Any = None
+    function: Any
+    if call.operation == "portable":
+        function = lambda *a: portable.rotate_quantize_matmul(*a, rule=call.rule)  # noqa: E731
+        given = [x, *matrices, codes, scales]
+        chosen = portable.Tiles()
+        tiles = [min(chosen.rows, max(16, m)), chosen.columns, chosen.depth, 1]
+    elif call.operation == "rotate":
+        rotate = portable.rotate_quantize_swizzled if call.target == "b200" else portable.rotate_quantize
+        function = lambda *a: rotate(*a, rule=call.rule)  # noqa: E731
+        given = [x, *matrices]
+    elif call.operation == "hopper":
+        weight = jax.eval_shape(layout.to_hopper, codes, scales)
+        function = lambda x, *w: hopper.matmul(x, layout.HopperWeight(*w))  # noqa: E731
+        given = [x, *(shape(a.shape, a.dtype) for a in weight)]
+        picked = hopper.choose(m, k, n, target.cores)
+        tiles = [picked.tokens, layout.HOPPER_ROWS, layout.HOPPER_STEP, picked.splits]
+    elif call.operation == "blackwell":
+        rows = shape((m, k // 2), jnp.uint8), shape((m, k // 32), jnp.uint8)
+        pair = [jax.eval_shape(layout.to_blackwell, *a) for a in (rows, (codes, scales))]
+        given = [shape(a.shape, a.dtype) for operand in pair for a in operand]
+
+        def function(*a: Any) -> Any:
+            return blackwell.matmul(layout.BlackwellOperand(*a[:2]), layout.BlackwellOperand(*a[2:]))
+
+        wide = blackwell.choose(given[0].shape[0], k, n, target.cores)
+        tiles = [layout.BLACKWELL_ROWS, wide.columns, layout.BLACKWELL_STEP, wide.splits]
+    else:
+        raise ValueError(f"unknown operation {call.operation!r}")
+    described = Device(device_kind=target.name, num_cores=target.cores, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=described)):
+        lowered = jax.jit(function).trace(*given).lower(lowering_platforms=("cuda",))
     lowered.compile()
+    return {"tiles": tiles}
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        for name in sys.argv[2:]:
-            _compile(sys.argv[1], name)
-        return
-    reason = missing()
-    if reason:
-        raise SystemExit(reason)
-    print("| target | case | kernel | registers | spilled bytes | shared memory | matrix instructions |")
-    print("|---|---|---|---|---|---|---|")
-    for target in TARGETS:
-        for row in compile_cases(target, list(CASES)):
-            row["products"] = ", ".join(row["products"]) or "none"
-            print("| " + " | ".join(map(str, [target, *row.values()])) + " |", flush=True)
+def main() -> int:
+    """The child: a call as JSON on its input, a line of JSON on its output."""
+    given = json.loads(sys.stdin.read())
+    call = Call(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    try:
+        result = _compile(call)
+    except Exception as error:  # whatever the compiler says is the result of this call
+        result = {"error": " ".join(str(error).split())[:300]}
+    print(json.dumps(result), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

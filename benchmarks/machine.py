@@ -19,7 +19,17 @@ def describe() -> dict[str, object]:
             if line.startswith("model name")
         ]
         cpu = names[0] if names else cpu
-    packages = ("torq-jax", "jax", "jaxlib", "libtpu", "flax", "orbax-checkpoint", "numpy", "transformers")
+    packages = (
+        "torq-jax",
+        "jax",
+        "jaxlib",
+        "libtpu",
+        "jax-cuda13-plugin",
+        "flax",
+        "orbax-checkpoint",
+        "numpy",
+        "transformers",
+    )
     versions = {}
     for package in packages:
         try:

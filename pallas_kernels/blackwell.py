@@ -8,9 +8,9 @@ Of a block of threads one warp starts copies, one starts products, and a second 
 of 128 outputs there is tensor memory for two accumulators: one tile is written while the next is multiplied. With
 few tiles K is split, and XLA adds the parts.
 
-Activations are rotated and rounded by a kernel of their own (:func:`pallas_kernels.portable.rotate_quantize`), for
-the reason that :mod:`pallas_kernels.hopper` gives; it writes codes and scales, and XLA swizzles the scales, a byte
-for 32 features. Tensor cores take no bfloat16 beside 4-bit values: W4A16 has no kernel here.
+Activations are rotated and rounded by a kernel of their own (``portable.rotate_quantize_swizzled``), for the reason
+that :mod:`pallas_kernels.hopper` gives; it writes codes, and scales where the product reads them. Tensor cores take
+no bfloat16 beside 4-bit values: W4A16 has no kernel here.
 
 The interpreter has no block-scaled product: it runs the same kernel on operands that are decoded to bfloat16 before,
 which shows whether tiles, copies and barriers are right, and nothing about codes and scales.
@@ -34,7 +34,6 @@ from pallas_kernels.layout import (
     BLACKWELL_STEP,
     BLOCK,
     BlackwellOperand,
-    to_blackwell,
     unswizzle_scales,
 )
 from pallas_kernels.reference import Rule
@@ -61,10 +60,10 @@ class Tiles(NamedTuple):
     splits: int = 1
 
 
-def choose(rows: int, k: int, n: int, cores: int = CORES) -> Tiles:
-    """Tiles for a call: K split until there are as many tiles as multiprocessors.
+def choose(rows: int, k: int, n: int, cores: int = CORES, width: int = 2) -> Tiles:
+    """Tiles for a call: K split until there are as many tiles as multiprocessors, as many steps in flight as fit.
 
-    A choice by reasoning, not by measurements.
+    ``width``: bytes of an element of the result. A choice by reasoning, not by measurements.
     """
     steps, high = -(-k // BLACKWELL_STEP), -(-rows // _ROWS)
     wide = 256 if n % 256 == 0 and high * (n // 256) >= cores else 128
@@ -74,8 +73,10 @@ def choose(rows: int, k: int, n: int, cores: int = CORES) -> Tiles:
         high == 1 and tiles * splits * 2 <= cores and steps % (splits * 2) == 0 and steps // (splits * 2) >= 2
     ):
         splits *= 2
-    # As many stages as shared memory holds beside a float32 result.
-    return Tiles(wide, min(3 if wide == 256 else 5, steps // splits), splits)
+    stages = min(5, steps // splits)
+    while shared_memory(Tiles(wide, stages, splits), width) > SHARED_MEMORY:
+        stages -= 1
+    return Tiles(wide, stages, splits)
 
 
 def shared_memory(tiles: Tiles, width: int = 2) -> int:
@@ -223,7 +224,7 @@ def matmul(
         raise ValueError(f"a result of {jnp.dtype(dtype)} cannot be made: must be bfloat16 or float32")
     if size != full:
         raise ValueError(f"activations have {size} features, the weight {full}")
-    tiles = choose(rows, full, outputs, cores) if tiles is None else tiles
+    tiles = choose(rows, full, outputs, cores, jnp.dtype(dtype).itemsize) if tiles is None else tiles
     if tiles.columns not in (128, 256) or outputs % tiles.columns or full // BLACKWELL_STEP % tiles.splits:
         raise ValueError(
             f"{tiles} do not fit {outputs} outputs of {full} features: columns must be 128 or 256 and divide the "
@@ -274,13 +275,15 @@ def matmul(
 
 
 def rotate_quantize(
-    x: Float[Array, "m k"], inter: Any = None, intra: Any = None, *, rule: Rule
+    x: Float[Array, "m k"], inter: Any = None, intra: Any = None, *, rule: Rule, interpret: Any = False
 ) -> BlackwellOperand:
-    """Rotated activations as an operand: codes, and scales where the product reads them.
+    """Rotated activations as an operand, by :func:`pallas_kernels.portable.rotate_quantize_swizzled`.
 
-    Arguments and errors as in :func:`pallas_kernels.portable.rotate_quantize`; rows are filled up to 128.
+    Arguments and errors as there; rows are filled up to 128.
     """
-    return to_blackwell(*portable.rotate_quantize(x, inter, intra, rule=rule))
+    codes, scales = portable.rotate_quantize_swizzled(x, inter, intra, rule=rule, interpret=interpret)
+    values = lax.bitcast_convert_type(codes, jnp.float4_e2m1fn).reshape(codes.shape[0], -1)
+    return BlackwellOperand(values, lax.bitcast_convert_type(scales, jnp.float8_e8m0fnu))
 
 
 def rotate_quantize_matmul(
@@ -292,13 +295,14 @@ def rotate_quantize_matmul(
     rule: Rule | None,
     tiles: Tiles | None = None,
     cores: int = CORES,
+    interpret: Any = None,
 ) -> Float[Array, "m n"]:
     """``round(rotate(x)) @ weight.T``, in two kernels: :func:`rotate_quantize` and :func:`matmul`.
 
     Args:
       x: ``[M, K]`` bfloat16 or float32, any M from 1.
       inter, intra: None, or as ``torq_jax.TwoLevelRotation`` has them, in any of its shapes.
-      weight, tiles, cores: as in :func:`matmul`.
+      weight, tiles, cores, interpret: as in :func:`matmul`.
       rule: scale rule of the activations.
 
     Returns:
@@ -312,7 +316,6 @@ def rotate_quantize_matmul(
             "sm_100's block-scaled product takes MXFP4 activations: name a scale rule, or use "
             "implementation='portable'"
         )
-    product = matmul(
-        rotate_quantize(x, inter, intra, rule=rule), weight, dtype=x.dtype, tiles=tiles, cores=cores
-    )
+    rounded = rotate_quantize(x, inter, intra, rule=rule, interpret=interpret is not None)
+    product = matmul(rounded, weight, dtype=x.dtype, tiles=tiles, cores=cores, interpret=interpret)
     return product[: x.shape[0]]

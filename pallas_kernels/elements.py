@@ -68,6 +68,23 @@ def decode(code: Any, scale: Any) -> Any:
     return lax.bitcast_convert_type(pattern | ((code & 8) << 28), jnp.float32)
 
 
+def scale_value(scale: Any) -> Any:
+    """float32 of E8M0 codes, int32: a power of two, NaN for 255."""
+    pattern = jnp.where(scale == 0, 1 << (_MANTISSA - 1), scale << _MANTISSA)
+    return lax.bitcast_convert_type(jnp.where(scale == SCALE_NAN, _INFINITY | 1 << 22, pattern), jnp.float32)
+
+
+def decode_quickly(code: Any, value: Any) -> Any:
+    """:func:`decode` in a third of the instructions, of scales as :func:`scale_value` gives them.
+
+    float16 has subnormal numbers where E2M1 has its 0.5: an E2M1 pattern with more zeros behind is a float16, times
+    ``2**-14``. Exact but where a device flushes what is subnormal in float32: scale 0, and what is below 2**-126.
+    """
+    pattern = ((code & 7) << 9) | ((code & 8) << 12)
+    half = lax.bitcast_convert_type(pattern.astype(jnp.uint16), jnp.float16)
+    return half.astype(jnp.float32) * jnp.float32(2**14) * value
+
+
 def _pattern(significand: Any, field: Any) -> Any:
     """Of ``significand / 2**23 * 2**(field - 127)``, 24 bits of significand of which the lowest are zero."""
     subnormal = significand >> jnp.clip(1 - field, 0, 31)

@@ -5,7 +5,8 @@ Blocks, loops and :func:`jnp.dot` only, which Pallas lowers through Triton; the 
 
 Two kernels, not one. A tile of the product needs all of K of its rows, so a single kernel would rotate and round
 the same rows once for every tile of N: with 4096 outputs and tiles of 64, 64 times. The first kernel rotates and
-rounds each row once and writes codes and scales, a quarter of the bytes it reads; the second decodes both operands.
+rounds each row once. For the product that follows it writes values in bfloat16, which holds MXFP4 exactly: codes
+would be a quarter of the bytes, and decoded again by every tile of N. Blackwell's product reads codes, and gets them.
 
 The first kernel mixes position by position: with ``X [M, B, 32]``, for each of the 32 positions k one product
 ``Y_k = X[:, :, k] @ inter[k]``, whose columns are blocks, and then, block by block, the rank-one update
@@ -28,7 +29,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels import elements
-from pallas_kernels.layout import BLOCK
+from pallas_kernels.layout import BLACKWELL_ROWS, BLACKWELL_STEP, BLOCK, swizzle_scales
 from pallas_kernels.reference import RULES, Rule, by_position
 
 LEAST = 16
@@ -147,13 +148,25 @@ def _activation_kernel(*refs: Any, inter: bool, intra: bool, rule: str | None) -
     pairs = code.reshape(*code.shape[:2], BLOCK // 2, 2)
     nibble = lax.broadcasted_iota(jnp.int32, pairs.shape, 3)
     codes_ref[...] = jnp.sum(pairs << (4 * nibble), axis=3).astype(jnp.uint8)
+    if len(scales_ref.shape) == 3:  # swizzled: four groups of four blocks, rows in the middle
+        scale = scale.reshape(-1, LEAST // 4, 4).transpose(1, 0, 2)
     scales_ref[...] = scale.astype(jnp.uint8)
 
 
 def _activations(
-    x: Any, inter: Any, intra: Any, rule: Rule | None, values: Any, options: dict[str, Any]
+    x: Any,
+    inter: Any,
+    intra: Any,
+    rule: Rule | None,
+    values: Any,
+    options: dict[str, Any],
+    swizzled: bool = False,
 ) -> list[Any]:
-    """Codes and scales, or values of the dtype ``values``: ``[M, blocks, ...]``, M a multiple of 16."""
+    """Codes and scales, or values of the dtype ``values``: ``[M, blocks, ...]``, M a multiple of 16.
+
+    ``swizzled``: scales ``[M/128, blocks/4, 32, 16]`` as ``layout.swizzle_scales`` has them, M a multiple of 128 and
+    no block filled up.
+    """
     rows, features = x.shape
     units = _units(features, inter)
     x = _fill(x.reshape(rows, units.blocks, BLOCK), 1, units)  # [M, number, unit, 32]
@@ -183,21 +196,28 @@ def _activations(
             jax.ShapeDtypeStruct((*outer, BLOCK // 2), jnp.uint8),
             jax.ShapeDtypeStruct(outer, jnp.uint8),
         ]
+    out_specs = [
+        pl.BlockSpec((row_tile, None, LEAST, *shapes[0].shape[3:]), lambda m, u, h: (m, u, h, 0)),
+        pl.BlockSpec((row_tile, None, LEAST), lambda m, u, h: (m, u, h)),
+    ][: len(shapes)]
+    if swizzled:
+        # Rows that are 32 apart stand side by side: 16 rows fill a fourth of 16 bytes in half of the 32 lanes.
+        shapes[1] = jax.ShapeDtypeStruct((rows // 128, units.blocks // 4, 32, 4, 4), jnp.uint8)
+        out_specs[1] = pl.BlockSpec(
+            (None, LEAST // 4, LEAST, None, 4),
+            lambda m, u, h: (m // 8, u * steps + h, m % 2, m % 8 // 2, 0),
+        )
     made = pl.pallas_call(
         functools.partial(_activation_kernel, inter=inter is not None, intra=intra is not None, rule=rule),
         out_shape=shapes,
         grid=(rows // row_tile, units.number, steps),
         in_specs=in_specs,
-        out_specs=[
-            pl.BlockSpec(
-                (row_tile, None, LEAST, *s.shape[3:]),
-                (lambda m, u, h: (m, u, h)) if len(s.shape) == 3 else (lambda m, u, h: (m, u, h, 0)),
-            )
-            for s in shapes
-        ],
+        out_specs=out_specs,
         name="torq_portable_rotate",
         **options,
     )(x, *matrices)
+    if swizzled:
+        return [_take(made[0], units), made[1].reshape(*made[1].shape[:3], 16)]
     return [_take(a, units) for a in made]
 
 
@@ -212,20 +232,20 @@ def _decoded(codes_ref: Any, scales_ref: Any, step: Any, depth: int, dtype: Any)
     code = ((pair >> (4 * nibble)) & 15).reshape(rows, depth // BLOCK, BLOCK)
     scale = scales_ref[:, pl.ds(step * (depth // BLOCK), depth // BLOCK)].astype(jnp.int32)
     # Exact in bfloat16: two significant bits, and the same exponents as float32.
-    return elements.decode(code, scale[:, :, None]).astype(dtype).reshape(rows, depth)
+    value = elements.scale_value(scale)[:, :, None]
+    return elements.decode_quickly(code, value).astype(dtype).reshape(rows, depth)
 
 
-def _matmul_kernel(*refs: Any, depth: int, rounded: bool) -> None:
-    *left, codes_ref, scales_ref, out_ref = refs
-    dtype = jnp.bfloat16 if rounded else left[0].dtype
+def _matmul_kernel(x_ref: Any, codes_ref: Any, scales_ref: Any, out_ref: Any, *, depth: int) -> None:
+    dtype = x_ref.dtype
     exact = lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
     def step(i: Any, total: Any) -> Any:
-        x = _decoded(left[0], left[1], i, depth, dtype) if rounded else left[0][:, pl.ds(i * depth, depth)]
+        x = x_ref[:, pl.ds(i * depth, depth)]
         w = _decoded(codes_ref, scales_ref, i, depth, dtype)
         return total + jnp.dot(x, w.T, precision=exact, preferred_element_type=jnp.float32)
 
-    count = codes_ref.shape[1] * 2 // depth
+    count = x_ref.shape[1] // depth
     total = lax.fori_loop(0, count, step, jnp.zeros(out_ref.shape, jnp.float32))
     out_ref[...] = total.astype(out_ref.dtype)
 
@@ -235,27 +255,26 @@ def _largest(size: int, most: int) -> int:
     return min(size & -size, most)
 
 
-def _matmul(left: list[Any], codes: Any, scales: Any, out_dtype: Any, tiles: Tiles, options: dict) -> Any:
-    """``left``: codes and scales of the activations, or their values, ``[M, ...]`` with M a multiple of 16."""
-    rounded, rows, outputs = len(left) == 2, left[0].shape[0], codes.shape[0]
+def _matmul(x: Any, codes: Any, scales: Any, out_dtype: Any, tiles: Tiles, options: dict[str, Any]) -> Any:
+    """``x [M, K] @ weight.T``, M a multiple of 16."""
+    (rows, size), outputs = x.shape, codes.shape[0]
     more = -outputs % LEAST
     if more:
         codes, scales = (jnp.pad(a, ((0, more), (0, 0))) for a in (codes, scales))
-    columns = _largest(outputs + more, tiles.columns)
-    row_tile = _largest(rows, tiles.rows)
-    whole = [a.shape[1] for a in (*left, codes, scales)]
+    columns, row_tile = _largest(outputs + more, tiles.columns), _largest(rows, tiles.rows)
     y = pl.pallas_call(
-        functools.partial(_matmul_kernel, depth=_largest(codes.shape[1] * 2, tiles.depth), rounded=rounded),
+        functools.partial(_matmul_kernel, depth=_largest(size, tiles.depth)),
         out_shape=jax.ShapeDtypeStruct((rows, outputs + more), out_dtype),
         grid=(rows // row_tile, (outputs + more) // columns),
         in_specs=[
-            *(pl.BlockSpec((row_tile, size), lambda m, n: (m, 0)) for size in whole[:-2]),
-            *(pl.BlockSpec((columns, size), lambda m, n: (n, 0)) for size in whole[-2:]),
+            pl.BlockSpec((row_tile, size), lambda m, n: (m, 0)),
+            pl.BlockSpec((columns, size // 2), lambda m, n: (n, 0)),
+            pl.BlockSpec((columns, size // BLOCK), lambda m, n: (n, 0)),
         ],
         out_specs=pl.BlockSpec((row_tile, columns), lambda m, n: (m, n)),
         name="torq_portable_matmul",
         **options,
-    )(*left, codes, scales)
+    )(x, codes, scales)
     return y[:, :outputs]
 
 
@@ -382,6 +401,38 @@ def rotate_quantize(
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "tiles", "interpret"))
+def rotate_quantize_swizzled(
+    x: Float[Array, "m k"],
+    inter: Any = None,
+    intra: Any = None,
+    *,
+    rule: Rule,
+    tiles: Tiles = Tiles(),  # noqa: B008
+    interpret: Any = False,
+) -> tuple[UInt8[Array, "m k2"], UInt8[Array, "m128 k128 32 16"]]:
+    """:func:`rotate_quantize` for the Blackwell product: M and K filled up, scales where it reads them.
+
+    Arguments and errors as there.
+
+    Returns:
+      ``codes [M, K/2]`` and ``scales [M/128, K/128, 32, 16]``, uint8, as ``layout.to_blackwell`` of what
+      :func:`rotate_quantize` gives: M filled up to a multiple of 128, K of 256. The kernel swizzles where its tiles
+      of 16 blocks fit the rotation's groups (powers of two) and K is a multiple of 512; XLA does otherwise.
+    """
+    check(x, inter, intra, rule)
+    units, options = _units(x.shape[1], inter), _options(tiles, interpret)
+    if units.wide != units.group or units.blocks % LEAST:
+        codes, scales = _activations(_padded_rows(x), inter, intra, rule, None, options)
+        codes, scales = (a.reshape(a.shape[0], -1) for a in (codes, scales))
+        more_m, more_k = -codes.shape[0] % BLACKWELL_ROWS, -x.shape[1] % BLACKWELL_STEP
+        codes = jnp.pad(codes, ((0, more_m), (0, more_k // 2)))
+        return codes, swizzle_scales(jnp.pad(scales, ((0, more_m), (0, more_k // BLOCK))))
+    filled = jnp.pad(x, ((0, -x.shape[0] % BLACKWELL_ROWS), (0, 0)))
+    codes, scales = _activations(filled, inter, intra, rule, None, options, swizzled=True)
+    return codes.reshape(filled.shape[0], -1), scales
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "tiles", "interpret"))
 def rotate_quantize_matmul(
     x: Float[Array, "m k"],
     inter: Any,
@@ -408,10 +459,5 @@ def rotate_quantize_matmul(
     """
     check(x, inter, intra, rule)
     check_weight(x.shape[1], codes, scales)
-    options, rows = _options(tiles, interpret), x.shape[0]
-    filled = _padded_rows(x)
-    left = [filled]
-    if rule is not None or inter is not None or intra is not None:
-        left = _activations(filled, inter, intra, rule, x.dtype if rule is None else None, options)
-        left = [a.reshape(filled.shape[0], -1) for a in left]
-    return _matmul(left, codes, scales, x.dtype, tiles, options)[:rows]
+    z = _padded_rows(rotate_round(x, inter, intra, rule=rule, tiles=tiles, interpret=interpret))
+    return _matmul(z, codes, scales, x.dtype, tiles, _options(tiles, interpret))[: x.shape[0]]

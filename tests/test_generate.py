@@ -542,19 +542,22 @@ def test_a_chat_in_a_terminal(checkpoint):
         cwd=Path(__file__).parent.parent,
     )
     os.close(theirs)
-    shown, end = b"", time.monotonic() + 120
+    shown, last, end = b"", b"", time.monotonic() + 180
     try:
-        for typed in (b"hello\n", b"/reset\n", b"\x03", b"again\n", b"\x04", None):
-            before = shown.count(b"> ")
-            while time.monotonic() < end and (typed is None or shown.count(b"> ") == before):
-                if not select.select([ours], [], [], 0.2)[0]:
-                    continue
-                try:
+        for typed in (b"hello\n", b"/reset\n", b"\x03", b"again\n", b"\x04"):
+            prompts = shown.count(b"> ")
+            while shown.count(b"> ") == prompts and time.monotonic() < end:
+                if select.select([ours], [], [], 10)[0]:
                     shown += os.read(ours, 4096)
-                except OSError:  # the other side is closed
-                    break
-            if typed is not None:
-                os.write(ours, typed)
+                elif last == b"\x03":  # came before readline slept, which wakes at the next one
+                    os.write(ours, last)
+            if typed == b"\x03":
+                time.sleep(0.5)  # readline prints the prompt a moment before it waits
+            os.write(ours, typed)
+            last = typed
+        with contextlib.suppress(OSError):  # the other side is closed
+            while select.select([ours], [], [], max(0, end - time.monotonic()))[0]:
+                shown += os.read(ours, 4096)
         assert process.wait(timeout=30) == 0
     finally:
         process.kill()

@@ -1,11 +1,16 @@
 """The Hopper and Blackwell kernels as far as a CPU can run them: products in Mosaic GPU's interpretation, errors."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import blackwell, hopper, layout, reference
-from tests.test_portable_kernels import BF16, F32, check_product, exact_case
+from pallas_kernels import blackwell, hopper, layout
+from tests.test_portable_kernels import BF16, F32
 from torq_jax import mxfp4
 
 OLD = jax.__version_info__[:2] < hopper.LEAST_JAX
@@ -14,38 +19,15 @@ mosaic = pytest.mark.skipif(
 )
 
 
-def interpreted(**options):
-    """The interpreter's parameters, with race detection."""
-    return hopper.require().InterpretGPUParams(detect_races=True, **options)
-
-
-def races():
-    """Whether the last interpretation found any."""
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    return gpu_callbacks.get_races().races_found
-
-
-# m, k, n, inter, intra, rule, dtype, tiles
-CASES = [
-    (5, 512, 128, None, None, None, BF16, hopper.Tiles(8, 2)),
-    (9, 1024, 200, (32, 2, 16, 16), (32, 32, 32), "even", BF16, hopper.Tiles(16, 2, 2)),
-    (20, 320, 128, (32, 5, 2, 2), None, "floor", F32, hopper.Tiles(16, 2)),
-]
-
-
 @mosaic
-@pytest.mark.parametrize("m, k, n, inter, intra, rule, dtype, tiles", CASES)
-def test_hopper_products_equal_the_reference(m, k, n, inter, intra, rule, dtype, tiles):
-    x, inter, intra, w = exact_case(m, k, n, inter, intra, dtype)
-    packed = layout.to_hopper(w.codes, w.scales)
-    options = {"tiles": tiles, "cores": 2, "interpret": interpreted()}
-
-    def run(rule):
-        return hopper.rotate_quantize_matmul(x, inter, intra, packed, rule=rule, **options)[:, :n]
-
-    check_product(run, x, inter, intra, w, rule)
-    assert not races()
+def test_interpreted_products_equal_the_reference():
+    file = Path(__file__).with_name("interpreted_gpu.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    # XLA's threads, of which each warp of a kernel holds one while it waits for another.
+    ran = subprocess.run(
+        command, env=os.environ | {"NPROC": "16"}, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-1000:]
 
 
 @mosaic
@@ -94,27 +76,6 @@ def operands(m, k, n):
     return x, w, *(layout.to_blackwell(a.codes, a.scales) for a in (x, w))
 
 
-# Every number of accumulators, splits, more tiles than blocks and than accumulators, more steps than stages.
-@mosaic
-@pytest.mark.parametrize(
-    "m, k, n, tiles",
-    [
-        (128, 1024, 128, blackwell.Tiles(128, 2, 2)),
-        (20, 768, 512, blackwell.Tiles(128, 2)),
-        (128, 512, 512, blackwell.Tiles(256, 1)),
-    ],
-)
-def test_blackwell_tiles_copies_and_barriers_are_right(m, k, n, tiles):
-    x, w, a, b = operands(m, k, n)
-    y = blackwell.matmul(a, b, dtype=F32, tiles=tiles, cores=1, interpret=interpreted())
-    # Products exact, sums in another order: as in check_product.
-    want, size = (
-        reference.multiply(f(mxfp4.dequantize(x)), f(mxfp4.dequantize(w))) for f in (lambda v: v, jnp.abs)
-    )
-    assert bool((jnp.abs(y[:m, :n] - want) <= k * 2.0**-24 * size).all())
-    assert not races()
-
-
 @mosaic
 def test_blackwell_refuses_what_it_cannot_run():
     _, _, a, b = operands(4, 256, 128)
@@ -132,6 +93,7 @@ def test_blackwell_refuses_what_it_cannot_run():
 @pytest.mark.parametrize("rows", [1, 100, 2048])
 @pytest.mark.parametrize("k, n", [(4096, 4096), (4096, 14336), (14336, 4096), (256, 128)])
 def test_chosen_blackwell_tiles_fit_the_shared_memory(rows, k, n):
-    tiles = blackwell.choose(rows, k, n)
-    assert blackwell.shared_memory(tiles, 4) <= blackwell.SHARED_MEMORY
-    assert n % tiles.columns == 0 and k // layout.BLACKWELL_STEP % tiles.splits == 0
+    for width in (2, 4):
+        tiles = blackwell.choose(rows, k, n, width=width)
+        assert blackwell.shared_memory(tiles, width) <= blackwell.SHARED_MEMORY
+        assert n % tiles.columns == 0 and k // layout.BLACKWELL_STEP % tiles.splits == 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import torq_jax
-from pallas_kernels import elements, portable, reference
+from pallas_kernels import elements, layout, portable, reference
 from torq_jax import mxfp4, tpu
 from torq_jax.errors import TorqError
 from torq_jax.matmul import matmul
@@ -110,6 +110,15 @@ def test_elements_are_those_of_mxfp4_for_every_kind_of_pattern(rule):
     )
 
 
+def test_quick_decoding_is_exact_for_every_code_and_scale():
+    code, scale = jnp.arange(16)[None], jnp.arange(256)[:, None]
+    quick = np.asarray(elements.decode_quickly(code, elements.scale_value(scale)))
+    exact = np.asarray(elements.decode(code, scale))
+    np.testing.assert_array_equal(quick[2:], exact[2:])
+    # Below lie subnormal numbers, which this device may flush, up to 6 times 2**-127.
+    assert (np.abs(quick[:2] - exact[:2]) < 2.0**-124).all()
+
+
 def test_random_data_differs_at_rounding_boundaries_only():
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (16, 512), BF16)
@@ -125,6 +134,18 @@ def test_random_data_differs_at_rounding_boundaries_only():
     moved = np.broadcast_to(2.0**-8 * np.abs(z).max(-1, keepdims=True), got.shape)
     assert different.mean() < 1e-3
     assert (np.abs(np.asarray(z) - (got + want) / 2)[different] <= moved[different]).all()
+
+
+@pytest.mark.parametrize("m, k, inter", [(5, 1024, (32, 2, 16, 16)), (140, 512, None), (3, 96, (3, 3))])
+def test_swizzled_scales_and_codes_are_those_of_the_layout(m, k, inter):
+    x, inter, intra, _ = exact_case(m, k, 8, inter, (32, 32), BF16)
+    got = portable.rotate_quantize_swizzled(x, inter, intra, rule="even", interpret=True)
+    want = mxfp4.quantize(reference.rotate(x, inter, intra), "even")
+    more = -m % 128, -k % 256
+    codes = np.pad(want.codes, ((0, more[0]), (0, more[1] // 2)))
+    scales = np.pad(want.scales, ((0, more[0]), (0, more[1] // 32)))
+    np.testing.assert_array_equal(got[0], codes)
+    np.testing.assert_array_equal(got[1], layout.swizzle_scales(jnp.asarray(scales)))
 
 
 def test_special_values_stay_in_their_row():
