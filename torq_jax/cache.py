@@ -179,7 +179,8 @@ def foldable(stack: DecoderLayer) -> bool:
     plain = not out.form.rotated and out.form.activation_scale is None
     if read.form.weights != "float" or out.form.weights != "float" or not plain:
         return False
-    return read.weight("v").dtype == jnp.float32 and out.weight("o").dtype == jnp.float32
+    weights = (read.weight("v"), out.weight("o"))
+    return all(isinstance(w, jax.Array) and w.dtype == jnp.float32 for w in weights)
 
 
 def fold_values(model: Decoder) -> Decoder:
@@ -192,15 +193,15 @@ def fold_values(model: Decoder) -> Decoder:
         if stack.values_rotated or not foldable(stack):
             continue
         read, out = stack.attn_in, stack.attn_out
-        read.v = nnx.Param(_fold(read.v[...], heads, -2))
+        read.v = nnx.Param(_fold(read.weight("v"), heads, -2))
         if hasattr(read, "v_bias"):
             read.v_bias = nnx.Param(_fold(read.v_bias[...][..., None], heads, -2)[..., 0])
-        out.o = nnx.Param(_fold(out.o[...], model.config.num_heads, -1))
+        out.o = nnx.Param(_fold(out.weight("o"), model.config.num_heads, -1))
         stack.values_rotated = True
     return model
 
 
-def _fold(weight: Array, heads: int, axis: int) -> Array:
+def _fold(weight: Any, heads: int, axis: int) -> Array:
     """``weight [L, out, in]`` with each head along ``axis`` rotated; in float64, since it happens once."""
     wide = np.moveaxis(np.asarray(weight, np.float64), axis, -1)
     turned = wide.reshape(*wide.shape[:-1], heads, -1) @ head_rotation(wide.shape[-1] // heads)

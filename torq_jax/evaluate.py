@@ -179,19 +179,21 @@ def window_losses(
       TorqError: a token outside the vocabulary, or a format that the model cannot have.
     """
     kv = model.kv if kv is None else kv
-    c = model.config
-    check_vocabulary(windows, c.vocab_size)
+    check_vocabulary(windows, model.config.vocab_size)
     graph, state = nnx.split(model)
+    run = functools.partial(_window_losses, graph, kv, rotate, state)
+    return np.concatenate([np.asarray(run(jnp.asarray(w[None]))) for w in windows])
 
-    @jax.jit
-    def run(state: Any, tokens: Array) -> Array:
-        model = nnx.merge(graph, state)
-        head = model.embed if c.tie_embeddings else model.lm_head
-        cache = None if kv is None else model.init_cache(*tokens.shape, kv=kv, rotate=rotate)
-        hidden, _ = model.hidden(tokens, cache)
-        return negative_log_likelihood(hidden, tokens, model.norm[...], head[...], eps=c.norm_eps)
 
-    return np.concatenate([np.asarray(run(state, jnp.asarray(w[None]))) for w in windows])
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _window_losses(
+    graph: Any, kv: str | None, rotate: bool | None, state: Any, tokens: Int32[Array, "b t"]
+) -> Float[Array, "b t-1"]:
+    model: Decoder = nnx.merge(graph, state)
+    head = model.embed if model.config.tie_embeddings else model.lm_head
+    cache = None if kv is None else model.init_cache(*tokens.shape, kv=kv, rotate=rotate)
+    hidden, _ = model.hidden(tokens, cache)
+    return negative_log_likelihood(hidden, tokens, model.norm[...], head[...], eps=model.config.norm_eps)
 
 
 def read_windows(
