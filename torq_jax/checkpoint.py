@@ -15,6 +15,7 @@ is a complete checkpoint.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -34,7 +35,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from torq_jax import decoder, mxfp4, mxfp8
+from torq_jax import cache, decoder, mxfp4, mxfp8
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
 from torq_jax.decoder import Decoder, Formats, SiteFormat
 from torq_jax.errors import ConversionError, TorqError
@@ -191,6 +192,7 @@ def load(
     dtype: Any = None,
     dequantize: bool | None = None,
     implementation: str | None = None,
+    kv: str | None = None,
 ) -> Loaded:
     """Load a converted model and its tokenizer; the checkpoint itself says what it is.
 
@@ -198,15 +200,18 @@ def load(
       directory: what the converter wrote.
       dtype: of the activations; float32 on a CPU and bfloat16 elsewhere when None.
       dequantize: decode the packed weights once, at load: more memory, faster steps. None means on a CPU
-        only. Results are the same, since every MXFP4 and MXFP8 value is exact in both dtypes.
+        only. Results are the same, since every MXFP4 and MXFP8 value is exact in both dtypes. Embeddings and output
+        projection then take ``dtype`` as well, which a step would otherwise convert whole.
       implementation: of the packed weights' products, one of :data:`torq_jax.matmul.IMPLEMENTATIONS`; None for the
         TPU kernels on a TPU (:func:`torq_jax.decoder.pack`) and for XLA elsewhere.
+      kv: what generation stores keys and values in, one of :data:`torq_jax.cache.FORMATS`; ``dtype`` when None.
 
     Returns:
       The model, its tokenizer, and the manifest.
 
     Raises:
-      TorqError: no checkpoint there, or a damaged one; or an implementation that cannot run here.
+      TorqError: no checkpoint there, or a damaged one; an implementation that cannot run here; or a cache format
+        that the model cannot have.
     """
     directory = Path(directory)
     if select(implementation) != "xla":
@@ -225,6 +230,7 @@ def load(
         formats = layer_formats(config, manifest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise TorqError(f"{directory / MANIFEST} is damaged: {type(error).__name__}: {error}") from error
+    cache.check_format(kv, config.head_dim)
     held = (
         [{site: form.decoded() for site, form in own.items()} for own in formats] if dequantize else formats
     )
@@ -248,12 +254,29 @@ def load(
     outer: dict[str, Any] = {}
     for name in ("embed", "norm") if config.tie_embeddings else ("embed", "norm", "lm_head"):
         outer |= _restore_checked(directory, manifest, f"outer/{name}")
+    if dequantize:
+        outer |= {name: jnp.asarray(outer[name], dtype) for name in ("embed", "lm_head") if name in outer}
     layers = stacks[0] if len(stacks) == 1 else dict(enumerate(stacks))
     model = nnx.eval_shape(lambda: Decoder(config, held, dtype=dtype))
     model = decoder.fill(model, jax.tree.map(jnp.asarray, {**outer, "layers": layers}))
     if not dequantize:
         model = decoder.pack(model, implementation)
+    model.kv = kv
+    if kv in cache.ROTATED:
+        model = cache.fold_values(model)
     return Loaded(model, load_tokenizer(directory / "tokenizer"), manifest)
+
+
+def add_inference_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the commands that load a checkpoint to run it."""
+    parser.add_argument(
+        "--kv", choices=cache.FORMATS, help="what keys and values are stored in (default: the model's dtype)"
+    )
+    parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="keep weights packed on a CPU too: less memory, slower steps (default: decode them at load)",
+    )
 
 
 def layer_formats(config: DecoderConfig, manifest: Mapping[str, Any]) -> list[Formats]:

@@ -24,7 +24,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
+from torq_jax import cache as kv_cache
 from torq_jax import mxfp4, tpu
+from torq_jax.cache import KVCache, Stored, rotate_heads
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig, RopeScaling
 from torq_jax.errors import TorqError
 from torq_jax.matmul import (
@@ -108,23 +110,6 @@ Formats = Mapping[str, SiteFormat]
 """Format of each site of a layer."""
 FLOAT: Formats = {site: SiteFormat() for site in SITES}
 """The float model: nothing rotated, nothing rounded."""
-
-
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of the tokens so far; a pytree. Slot j holds position j.
-
-    ``length`` tokens are valid: one number for all rows, or one for each row where prompts of different lengths
-    share a batch. What lies in later slots is seen by no query before a token overwrites it, so rows may be padded
-    on the right.
-    """
-
-    keys: Float[Array, "L b s g d"]
-    values: Float[Array, "L b s g d"]
-    length: Int32[Array, ""] | Int32[Array, " b"]
-
-
-jax.tree_util.register_dataclass(KVCache, ["keys", "values", "length"], [])
 
 
 class Whole(nnx.Param):
@@ -258,6 +243,7 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: DecoderConfig, formats: Formats, init: _Init):
         self.config = config
+        self.values_rotated = False  # by the weights of v and o: see cache.fold_values
         self.attn_in_norm = nnx.Param(init.constant(1.0, (config.hidden_size,)))
         self.mlp_in_norm = nnx.Param(init.constant(1.0, (config.hidden_size,)))
         if config.qk_norm:
@@ -273,26 +259,29 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "b t H"],
         rope: tuple[Float[Array, "*b t d"], Float[Array, "*b t d"]],
         *,
-        cache: tuple[Float[Array, "L b s g d"], Float[Array, "L b s g d"], Int32[Array, ""]] | None = None,
+        cache: tuple[Stored, Stored, Int32[Array, ""]] | None = None,
+        rotated: bool = False,
         start: Int32[Array, ""] | Int32[Array, " b"] | int = 0,
         tap: Tap | None = None,
-    ) -> tuple[Float[Array, "b t H"], tuple[Array, Array]]:
+    ) -> tuple[Float[Array, "b t H"], tuple[Stored, Stored]]:
         """The layer's output, and its keys and values; with a cache the whole cache, these tokens' written into it.
 
         Args:
           x: residual stream.
           rope: cosines and sines of the tokens' positions.
           cache: keys and values of all layers with room for these tokens at ``start``, and this layer's index.
+          rotated: whether the cache's heads are rotated.
           start: position of the first token of ``x``, or of the first token of each row.
           tap: see :data:`Tap`.
         """
         eps = self.config.norm_eps
-        attended, kept = self._attention(rms_norm(x, self.attn_in_norm[...], eps), rope, cache, start, tap)
+        normed = rms_norm(x, self.attn_in_norm[...], eps)
+        attended, kept = self._attention(normed, rope, cache, rotated, start, tap)
         x = x + self.attn_out(attended, tap)[0]
         gate, up = self.mlp_in(rms_norm(x, self.mlp_in_norm[...], eps), tap)
         return x + self.mlp_out(jax.nn.silu(gate) * up, tap)[0], kept
 
-    def _attention(self, x: Array, rope: Any, cache: Any, start: Any, tap: Any) -> Any:
+    def _attention(self, x: Array, rope: Any, cache: Any, rotated: bool, start: Any, tap: Any) -> Any:
         config = self.config
         b, t, _ = x.shape
         q, k, v = self.attn_in(x, tap)
@@ -303,12 +292,19 @@ class DecoderLayer(nnx.Module):
             q = rms_norm(q, self.q_norm[...], config.norm_eps)
             k = rms_norm(k, self.k_norm[...], config.norm_eps)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        kept = (k, v)
-        if cache is not None:
-            *stores, index = cache
-            kept = (_store(stores[0], k, index, start), _store(stores[1], v, index, start))
-            k, v = (jax.lax.dynamic_index_in_dim(store, index, keepdims=False) for store in kept)
-        return attention(q, k, v, start).reshape(b, t, -1), kept
+        if cache is None:
+            out = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), start)
+            return out.reshape(b, t, -1), (k, v)
+        values_turn = rotated and not self.values_rotated
+        if rotated:
+            q, k = rotate_heads(q), rotate_heads(k)
+        if values_turn:
+            v = rotate_heads(v)
+        *stores, index = cache
+        kept = (kv_cache.write(stores[0], k, index, start), kv_cache.write(stores[1], v, index, start))
+        k, v = (kv_cache.decode(kv_cache.layer(store, index), q.dtype) for store in kept)
+        out = attention(q, k, v, start)
+        return (rotate_heads(out) if values_turn else out).reshape(b, t, -1), kept
 
 
 class Decoder(nnx.Module):
@@ -333,6 +329,7 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         self.config, self.dtype = config, jnp.dtype(dtype)
+        self.kv: str | None = None  # the cache's format; None for the activations' dtype
         init = _Init(None if rngs is None else rngs.params())
         self.embed = nnx.Param(init.weight((config.vocab_size, config.hidden_size)))
         self.norm = nnx.Param(init.constant(1.0, (config.hidden_size,)))
@@ -363,7 +360,7 @@ class Decoder(nnx.Module):
         """
         if cache is not None:
             used = 0 if isinstance(cache.length, jax.core.Tracer) else int(np.max(cache.length))
-            room = cache.keys.shape[2]
+            room = cache.room
             if used + tokens.shape[1] > room:
                 raise TorqError(
                     f"the cache has room for {room} tokens and holds {used}: {tokens.shape[1]} more do not fit; "
@@ -387,7 +384,8 @@ class Decoder(nnx.Module):
             # The whole cache is carried and updated in place; as a scanned output it would be copied.
             x, keys, values = carry
             index, state = scanned
-            x, kept = nnx.merge(graph, whole, state)(x, rope, cache=(keys, values, index), start=start)
+            layer = nnx.merge(graph, whole, state)
+            x, kept = layer(x, rope, cache=(keys, values, index), rotated=cache.rotated, start=start)
             return (x, *kept), None
 
         carry, first = (x, cache.keys, cache.values), 0
@@ -397,7 +395,7 @@ class Decoder(nnx.Module):
             carry, _ = jax.lax.scan(functools.partial(cached_layer, graph, whole), carry, (indices, state))
             first += count
         x, keys, values = carry
-        return x, KVCache(keys, values, start + tokens.shape[1])
+        return x, dataclasses.replace(cache, keys=keys, values=values, length=start + tokens.shape[1])
 
     def stacks(self) -> list[DecoderLayer]:
         """The stacks of layers, one for each run."""
@@ -414,12 +412,31 @@ class Decoder(nnx.Module):
         head = self.embed if self.config.tie_embeddings else self.lm_head
         return logits(x, self.norm[...], head[...], self.config.norm_eps)
 
-    def init_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:
-        """An empty cache with room for ``length`` tokens, in the model's dtype unless another is given."""
+    def init_cache(
+        self,
+        batch: int,
+        length: int,
+        dtype: Any = None,
+        *,
+        kv: str | None = None,
+        rotate: bool | None = None,
+    ) -> KVCache:
+        """An empty cache with room for ``length`` tokens.
+
+        Args:
+          batch: rows.
+          length: slots of each.
+          dtype: of keys and values where no format is given; the model's when None.
+          kv: one of :data:`torq_jax.cache.FORMATS`; None for the model's own ``kv``, and without one for ``dtype``.
+          rotate: whether heads are rotated; None where they are rounded to blocks.
+
+        Raises:
+          TorqError: a format that does not exist, or whose blocks a head does not fill.
+        """
         c = self.config
-        shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
-        zeros = jnp.zeros(shape, self.dtype if dtype is None else dtype)
-        return KVCache(zeros, jnp.zeros_like(zeros), jnp.int32(0))
+        shape = (c.num_layers, batch, c.num_kv_heads, length, c.head_dim)
+        kv = self.kv if kv is None and dtype is None else kv
+        return kv_cache.empty(shape, self.dtype if dtype is None else dtype, kv, rotate)
 
 
 def _split(stack: DecoderLayer) -> tuple[Any, Any, Any]:
@@ -582,25 +599,10 @@ def _positions(
     return jnp.asarray(start, jnp.int32)[..., None] + jnp.arange(first, last, dtype=jnp.int32)
 
 
-def _store(
-    store: Float[Array, "L b s g d"],
-    new: Float[Array, "b t g d"],
-    index: Int32[Array, ""],
-    start: Int32[Array, ""] | Int32[Array, " b"] | int,
-) -> Float[Array, "L b s g d"]:
-    """``store`` with ``new`` written into layer ``index`` from ``start`` on, in each row from its own."""
-    new = new.astype(store.dtype)
-    if jnp.ndim(start) == 0:
-        return jax.lax.dynamic_update_slice(store, new[None], (index, 0, start, 0, 0))
-    rows = jnp.arange(new.shape[0])[:, None]
-    # A row whose slots are all used writes nowhere; an update of a slice would move back onto its last slot.
-    return store.at[index, rows, _positions(start, 0, new.shape[1])].set(new, mode="drop")
-
-
 def attention(
     q: Float[Array, "b t h d"],
-    k: Float[Array, "b s g d"],
-    v: Float[Array, "b s g d"],
+    k: Float[Array, "b g s d"],
+    v: Float[Array, "b g s d"],
     start: Int32[Array, ""] | Int32[Array, " b"] | int = 0,
 ) -> Float[Array, "b t h d"]:
     """Causal grouped-query attention; query i sits at position ``start + i`` (of its row), key j at position j.
@@ -608,25 +610,26 @@ def attention(
     Scores are in float32, those of :data:`QUERY_CHUNK` queries at a time. Where the queries are known to
     start the sequence, a chunk skips the keys that lie after it.
     """
-    t, s = q.shape[1], k.shape[1]
+    t, s = q.shape[1], k.shape[2]
     from_the_start = isinstance(start, int) and start == 0 and s == t
     chunks = []
     for first in range(0, t, QUERY_CHUNK):
         last = min(first + QUERY_CHUNK, t)
         seen = last if from_the_start else s
         positions = _positions(start, first, last)
-        chunks.append(_attend(q[:, first:last], k[:, :seen], v[:, :seen], positions))
+        chunks.append(_attend(q[:, first:last], k[:, :, :seen], v[:, :, :seen], positions))
     return chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=1)
 
 
 def _attend(q: Array, k: Array, v: Array, positions: Int32[Array, "*b t"]) -> Array:
     b, t, h, d = q.shape
-    g, r = k.shape[2], h // k.shape[2]
+    g, r = k.shape[1], h // k.shape[1]
     # The queries of all heads that share a key head form one matrix: [b, g, r t, d].
     grouped = q.reshape(b, t, g, r, d).transpose(0, 2, 3, 1, 4).reshape(b, g, r * t, d)
-    k, v = k.astype(q.dtype).transpose(0, 2, 3, 1), v.astype(q.dtype).transpose(0, 2, 1, 3)
-    scores = jnp.matmul(grouped, k, precision=precision(q.dtype), preferred_element_type=jnp.float32)
-    seen: Bool[Array, "*b t s"] = jnp.arange(k.shape[-1]) <= positions[..., None]
+    scores = jnp.einsum(
+        "bgnd,bgsd->bgns", grouped, k, precision=precision(q.dtype), preferred_element_type=jnp.float32
+    )
+    seen: Bool[Array, "*b t s"] = jnp.arange(k.shape[2]) <= positions[..., None]
     seen = jnp.expand_dims(seen, (-4, -3))  # as [g, r] of the scores: [*b, 1, 1, t, s]
     scores = scores.reshape(b, g, r, t, -1) * (1.0 / np.sqrt(d))
     scores = jnp.where(seen, scores, -jnp.inf)

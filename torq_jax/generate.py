@@ -23,8 +23,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
+from torq_jax import cache as kv_cache
 from torq_jax import detokenize
-from torq_jax.decoder import Decoder, KVCache
+from torq_jax.cache import KVCache
+from torq_jax.decoder import Decoder
 from torq_jax.errors import TorqError
 from torq_jax.sampling import RowSettings, Sampling, choose, row_settings, sample
 
@@ -83,6 +85,7 @@ def generate(
     tokenizer: Any = None,
     special_tokens: bool = True,
     batch: int | None = None,
+    kv: str | None = None,
 ) -> list[Generated]:
     """What follows each of several prompts, which are run together.
 
@@ -97,18 +100,22 @@ def generate(
       special_tokens: let the tokenizer add its own to prompts that are texts; not for a :func:`chat_prompt`, which
         holds them already.
       batch: most prompts that run together; all when None. With fewer, the last batch is filled up with empty rows.
+      kv: what keys and values are stored in, one of :data:`torq_jax.cache.FORMATS`; None for the model's own.
 
     Returns:
       One result for each prompt, in order.
 
     Raises:
       TorqError: prompts that are no list, an empty one, one longer than the model's positions, a token outside the
-        vocabulary, texts or stop strings without a tokenizer, or not as many samplings as prompts.
+        vocabulary, texts or stop strings without a tokenizer, not as many samplings as prompts, or a cache format
+        that the model cannot have.
     """
     tokens: list[list[int]] = [[] for _ in prompts]
     texts: list[list[str]] = [[] for _ in prompts]
     stopped: dict[int, Stop] = {}
-    pieces = stream(model, prompts, sampling, tokenizer=tokenizer, special_tokens=special_tokens, batch=batch)
+    pieces = stream(
+        model, prompts, sampling, tokenizer=tokenizer, special_tokens=special_tokens, batch=batch, kv=kv
+    )
     for piece in pieces:
         if piece.token is not None:
             tokens[piece.row].append(piece.token)
@@ -129,6 +136,7 @@ def stream(
     tokenizer: Any = None,
     special_tokens: bool = True,
     batch: int | None = None,
+    kv: str | None = None,
 ) -> Iterator[Piece]:
     """As :func:`generate`, but each token as it is made: one of every row that still goes on, and again.
 
@@ -146,10 +154,11 @@ def stream(
         raise TorqError(f"batch is {batch}: must be 1 at least")
     if tokenizer is None and any(s.stop for s in samplings):
         raise TorqError("stop strings need the tokenizer: pass tokenizer=")
+    kv_cache.check_format(kv, model.config.head_dim)
     encoded = [_encode(p, tokenizer, special_tokens) for p in prompts]
     for tokens in encoded:
         _check(tokens, model)
-    return _stream(model, encoded, samplings, tokenizer, batch or max(1, len(prompts)))
+    return _stream(model, encoded, samplings, tokenizer, batch or max(1, len(prompts)), kv)
 
 
 def generate_tokens(
@@ -357,13 +366,18 @@ def _choose(
 
 
 def _stream(
-    model: Decoder, prompts: list[list[int]], samplings: list[Sampling], tokenizer: Any, batch: int
+    model: Decoder,
+    prompts: list[list[int]],
+    samplings: list[Sampling],
+    tokenizer: Any,
+    batch: int,
+    kv: str | None,
 ) -> Iterator[Piece]:
     split = _split(model)
     positions = model.config.max_position_embeddings
     for first in range(0, len(prompts), batch):
         part = slice(first, first + batch)
-        for piece in _run(model, split, prompts[part], samplings[part], tokenizer, batch):
+        for piece in _run(model, split, prompts[part], samplings[part], tokenizer, batch, kv):
             row = first + piece.row
             if piece.stopped == "positions":
                 _log.warning(
@@ -388,6 +402,7 @@ def _run(
     samplings: list[Sampling],
     tokenizer: Any,
     batch: int,
+    kv: str | None,
 ) -> Iterator[Piece]:
     """The pieces of one batch, of ``batch`` rows of which those after the prompts are empty."""
     positions, eos = model.config.max_position_embeddings, model.config.eos_token_ids
@@ -407,7 +422,7 @@ def _run(
     ends = _Ends(jnp.asarray(bounds), jnp.asarray(np.array(eos or [-1], np.int32)))
     none = jnp.asarray(np.zeros(batch, np.int32))
     rows = _Rows(none, none, jnp.asarray(bounds == 0))
-    cache, hidden, seen = _prompts_read(model, split, filled, bounds)
+    cache, hidden, seen = _prompts_read(model, split, filled, bounds, kv)
     seen, rows = _choose(*split, hidden, seen, rows, settings, ends)
 
     stopped = np.zeros(batch, bool)
@@ -442,6 +457,7 @@ def _prompts_read(
     split: tuple[_Structure, list[Array]],
     prompts: list[list[int]],
     limits: Int32[np.ndarray, " b"],
+    kv: str | None,
 ) -> tuple[KVCache, Float[Array, "b H"], Bool[Array, "b V"]]:
     """Run the prompts.
 
@@ -457,7 +473,7 @@ def _prompts_read(
         tokens[row, : len(prompt)] = prompt
         seen[row, prompt] = True
     room = bucket(max(int((lengths + limits).max()), tokens.shape[1]))
-    cache = model.init_cache(len(prompts), room)
+    cache = model.init_cache(len(prompts), room, kv=kv)
     last = jnp.zeros((len(prompts), model.config.hidden_size), model.dtype)
     for start, width in zip(starts, widths, strict=True):
         piece = jnp.asarray(tokens[:, start : start + width])
