@@ -32,6 +32,7 @@ from torq_jax.matmul import (
     INTERPRETED_AS,
     ActivationFormat,
     dot,
+    padded,
     precision,
     prepare,
     select,
@@ -40,6 +41,7 @@ from torq_jax.matmul import (
 from torq_jax.mxfp4 import BLOCK, MXFP4Array
 from torq_jax.mxfp8 import MXFP8Array
 from torq_jax.rotation import TwoLevelRotation
+from torq_jax.sharding import Partition, constrain
 
 Tap = Callable[[str, Array], Array]
 """Called while tracing with a site's name and the activation ``[b, t, features]`` that enters it, and with
@@ -124,6 +126,9 @@ class KVCache:
     length: Int32[Array, ""] | Int32[Array, " b"]
 
 
+CACHE_AXES = (None, "batch", None, "kv_heads", None)
+"""Logical axes of keys and values on a mesh."""
+
 jax.tree_util.register_dataclass(KVCache, ["keys", "values", "length"], [])
 
 
@@ -145,6 +150,7 @@ class Site(nnx.Module):
     def __init__(self, config: DecoderConfig, site: str, form: SiteFormat, init: _Init):
         self.site, self.form = site, form
         self.packed: _Packed | None = None
+        self.partition: Partition | None = None
         features = form.stored_features(config.site_in_features(site))
         self.features = features
         for level in ("inter", "intra"):
@@ -168,7 +174,10 @@ class Site(nnx.Module):
         if self.packed is not None:
             products = self._by_kernel(x)
         else:
-            x = prepare(x, self.rotation(), self.form.activation_scale, self.form.activations)
+            transform = self.rotation()
+            if self.partition is not None and transform is not None:
+                x, transform = self.partition.rotate(self.site, padded(x, self.features), transform), None
+            x = prepare(x, transform, self.form.activation_scale, self.form.activations)
             rounded = self.form.activation_scale is not None
             products = [dot(x, self.weight(name), rounded=rounded) for name in SITE_WEIGHTS[self.site]]
         outputs = []
@@ -258,6 +267,7 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: DecoderConfig, formats: Formats, init: _Init):
         self.config = config
+        self.partition: Partition | None = None
         self.attn_in_norm = nnx.Param(init.constant(1.0, (config.hidden_size,)))
         self.mlp_in_norm = nnx.Param(init.constant(1.0, (config.hidden_size,)))
         if config.qk_norm:
@@ -288,9 +298,14 @@ class DecoderLayer(nnx.Module):
         """
         eps = self.config.norm_eps
         attended, kept = self._attention(rms_norm(x, self.attn_in_norm[...], eps), rope, cache, start, tap)
-        x = x + self.attn_out(attended, tap)[0]
+        x = self._divided(x + self.attn_out(attended, tap)[0], None)
         gate, up = self.mlp_in(rms_norm(x, self.mlp_in_norm[...], eps), tap)
-        return x + self.mlp_out(jax.nn.silu(gate) * up, tap)[0], kept
+        hidden = self._divided(jax.nn.silu(gate) * up, "mlp")
+        return self._divided(x + self.mlp_out(hidden, tap)[0], None), kept
+
+    def _divided(self, x: Array, *names: str | None) -> Array:
+        """``x [b, t, ...]`` as the mesh has it, if there is one; ``names`` are the logical axes after these two."""
+        return constrain(self.partition, x, "batch", None, *names)
 
     def _attention(self, x: Array, rope: Any, cache: Any, start: Any, tap: Any) -> Any:
         config = self.config
@@ -303,12 +318,14 @@ class DecoderLayer(nnx.Module):
             q = rms_norm(q, self.q_norm[...], config.norm_eps)
             k = rms_norm(k, self.k_norm[...], config.norm_eps)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q = self._divided(q, "heads", None)
+        k, v = (self._divided(a, "kv_heads", None) for a in (k, v))
         kept = (k, v)
         if cache is not None:
             *stores, index = cache
             kept = (_store(stores[0], k, index, start), _store(stores[1], v, index, start))
             k, v = (jax.lax.dynamic_index_in_dim(store, index, keepdims=False) for store in kept)
-        return attention(q, k, v, start).reshape(b, t, -1), kept
+        return self._divided(attention(q, k, v, start).reshape(b, t, -1), "heads"), kept
 
 
 class Decoder(nnx.Module):
@@ -333,6 +350,7 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         self.config, self.dtype = config, jnp.dtype(dtype)
+        self.partition: Partition | None = None
         init = _Init(None if rngs is None else rngs.params())
         self.embed = nnx.Param(init.weight((config.vocab_size, config.hidden_size)))
         self.norm = nnx.Param(init.constant(1.0, (config.hidden_size,)))
@@ -369,7 +387,7 @@ class Decoder(nnx.Module):
                     f"the cache has room for {room} tokens and holds {used}: {tokens.shape[1]} more do not fit; "
                     "make a longer one with init_cache"
                 )
-        x = self.embed[...][tokens].astype(self.dtype)
+        x = constrain(self.partition, self.embed[...][tokens].astype(self.dtype), "batch", None, None)
         start = jnp.int32(0) if cache is None else cache.length
         rope = rope_tables(self.config, _positions(start, 0, tokens.shape[1]))
         stacks = self.stacks()
@@ -418,8 +436,9 @@ class Decoder(nnx.Module):
         """An empty cache with room for ``length`` tokens, in the model's dtype unless another is given."""
         c = self.config
         shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
-        zeros = jnp.zeros(shape, self.dtype if dtype is None else dtype)
-        return KVCache(zeros, jnp.zeros_like(zeros), jnp.int32(0))
+        place = None if self.partition is None else self.partition.fit(shape, *CACHE_AXES)
+        keys, values = (jnp.zeros(shape, self.dtype if dtype is None else dtype, device=place) for _ in range(2))
+        return KVCache(keys, values, jnp.int32(0))
 
 
 def _split(stack: DecoderLayer) -> tuple[Any, Any, Any]:
@@ -537,6 +556,13 @@ def pack(model: Decoder, implementation: str | None = None) -> Decoder:
                 site.pack(kind, model.dtype, chosen)
     for name, reason in left.items():
         _log.warning("site %s runs as XLA compiles it, not on the TPU kernels: %s", name, reason)
+    return model
+
+
+def divide(model: Decoder, own: Partition) -> Decoder:
+    """``model`` told of the mesh that its parameters lie on; it is changed."""
+    for module in (model, *model.stacks(), *(getattr(s, name) for s in model.stacks() for name in SITES)):
+        module.partition = own
     return model
 
 
