@@ -323,10 +323,8 @@ class DecoderLayer(nnx.Module):
         kept = (k, v)
         if cache is not None:
             *stores, index = cache
-            kept = tuple(
-                constrain(self.partition, _store(store, new, index, start), *CACHE_AXES)
-                for store, new in zip(stores, (k, v), strict=True)
-            )
+            store = _store if self.partition is None else functools.partial(_store_divided, self.partition)
+            kept = (store(stores[0], k, index, start), store(stores[1], v, index, start))
             k, v = (jax.lax.dynamic_index_in_dim(store, index, keepdims=False) for store in kept)
         return self._divided(attention(q, k, v, start).reshape(b, t, -1), "heads"), kept
 
@@ -621,10 +619,18 @@ def _store(
     new = new.astype(store.dtype)
     if jnp.ndim(start) == 0:
         return jax.lax.dynamic_update_slice(store, new[None], (index, 0, start, 0, 0))
-    # A row whose slots are all used writes nowhere; an update of a slice would move back onto its last slot. Mapped
-    # over rows, since the rows of a mesh stay where they are then.
-    write = lambda row, new, at: row.at[index, at].set(new, mode="drop")  # noqa: E731
-    return jax.vmap(write, in_axes=(1, 0, 0), out_axes=1)(store, new, _positions(start, 0, new.shape[1]))
+    rows = jnp.arange(new.shape[0])[:, None]
+    # A row whose slots are all used writes nowhere; an update of a slice would move back onto its last slot.
+    return store.at[index, rows, _positions(start, 0, new.shape[1])].set(new, mode="drop")
+
+
+def _store_divided(own: Partition, store: Array, new: Array, index: Array, start: Any) -> Array:
+    """:func:`_store` on each device for its own rows and heads; left to itself, XLA would gather the new ones."""
+    start = jnp.asarray(start, jnp.int32)
+    arrays = (store, new, index, start)
+    axes = (CACHE_AXES, CACHE_AXES[1:], (), ("batch",)[: start.ndim])
+    specs = tuple(own.fit(a.shape, *names).spec for a, names in zip(arrays, axes, strict=True))
+    return jax.shard_map(_store, mesh=own.mesh, in_specs=specs, out_specs=specs[0])(*arrays)
 
 
 def attention(

@@ -20,9 +20,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from torq_jax import decoder
+from torq_jax import decoder, sharding
 from torq_jax.decoder import Decoder
 from torq_jax.errors import TorqError
+from torq_jax.sharding import MESH_HELP
 
 JOINS = ("raw", "rows")
 LOGITS_CHUNK = 256
@@ -178,9 +179,17 @@ def window_losses(model: Decoder, windows: Int32[np.ndarray, "w t"]) -> Float[np
         model = nnx.merge(graph, state)
         head = model.embed if c.tie_embeddings else model.lm_head
         hidden, _ = model.hidden(tokens)
-        return negative_log_likelihood(hidden, tokens, model.norm[...], head[...], eps=c.norm_eps)
+        losses = negative_log_likelihood(hidden, tokens, model.norm[...], head[...], eps=c.norm_eps)
+        return sharding.replicate(model.partition, losses)
 
-    return np.concatenate([np.asarray(run(state, jnp.asarray(w[None]))) for w in windows])
+    own = model.partition
+    rows = 1 if own is None else own.batch(1)  # one on each part of a mesh's data axis
+    parts = []
+    for first in range(0, len(windows), rows):
+        part = windows[first : first + rows]
+        whole = np.concatenate([part, np.repeat(part[:1], rows - len(part), axis=0)])  # the last may lack some
+        parts.append(np.asarray(run(state, sharding.put(own, whole, "batch", None)))[: len(part)])
+    return np.concatenate(parts)
 
 
 def read_windows(
@@ -230,9 +239,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--window", type=int, default=1024, help="tokens a window (default: %(default)s)")
     parser.add_argument("--windows", type=int, help="how many windows, from the start (default: all)")
     parser.add_argument("--joined", choices=JOINS, default="raw", help="how the file becomes one text")
+    parser.add_argument("--mesh", metavar="DATAxMODEL", help=MESH_HELP)
     options = parser.parse_args(argv)
     try:
-        model, tokenizer, _ = load(options.directory)
+        model, tokenizer, _ = load(options.directory, mesh=options.mesh)
         if tokenizer is None:
             raise TorqError(f"{options.directory} has no tokenizer: text cannot be scored")
         value, protocol = perplexity(

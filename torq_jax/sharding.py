@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -36,6 +37,9 @@ from torq_jax.rotation import POSITIONS, TwoLevelRotation
 
 MESH_AXES = ("data", "model", "replica")
 """Names of the axes of a mesh made by :func:`make_mesh`."""
+
+MESH_HELP = "divide the model over devices: MODEL, DATAxMODEL or DATAxMODELxREPLICA, e.g. 1x8 (default: one device)"
+"""Of ``--mesh``."""
 
 Rules = Mapping[str, str | Sequence[str] | None]
 
@@ -191,9 +195,12 @@ class Partition:
         """``x`` divided so while tracing, as far as its shape divides evenly."""
         return jax.lax.with_sharding_constraint(x, self.fit(x.shape, *names))
 
-    def replicate(self, tree: Any) -> Any:
-        """Arrays whole on every device while tracing: what the host will read."""
-        return jax.tree.map(lambda x: self.constrain(x, *(None,) * x.ndim), tree)
+    def put(self, x: Any, *names: str | None) -> jax.Array:
+        """A host array on the mesh, divided as far as its shape divides evenly; whole on every device without names.
+        Every process must give the same."""
+        x = np.asarray(x)
+        place = self.fit(x.shape, *(names or (None,) * x.ndim))
+        return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
 
     def batch(self, rows: int) -> int:
         """The least number of rows from ``rows`` on that divides over the mesh."""
@@ -208,6 +215,16 @@ class Partition:
 def constrain(own: Partition | None, x: Any, *names: str | None) -> Any:
     """:meth:`Partition.constrain`, or ``x`` itself without a partition."""
     return x if own is None else own.constrain(x, *names)
+
+
+def put(own: Partition | None, tree: Any, *names: str | None) -> Any:
+    """Host arrays as a program's arguments: on the mesh by :meth:`Partition.put`, or on the one device."""
+    return jax.tree.map(jnp.asarray if own is None else lambda x: own.put(x, *names), tree)
+
+
+def replicate(own: Partition | None, tree: Any) -> Any:
+    """Arrays whole on every device while tracing: what the host will read, or pass back as it is."""
+    return tree if own is None else jax.tree.map(lambda x: own.constrain(x, *(None,) * x.ndim), tree)
 
 
 def make_mesh(spec: str, devices: Sequence[Any] | None = None) -> Mesh:
@@ -350,12 +367,3 @@ def local_shape(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[int, .
     over = [() if names is None else (names,) if isinstance(names, str) else names for names in spec]
     return tuple(size // math.prod(sizes[a] for a in axes) for size, axes in zip(shape, over, strict=False))
 
-
-def place(tree: Any, shardings: Any) -> Any:
-    """Host arrays onto the mesh: each process hands its devices their parts."""
-
-    def one(x: Any, sharding: NamedSharding) -> jax.Array:
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-    return jax.tree.map(one, tree, shardings)

@@ -21,6 +21,7 @@ from torq_jax.decoder import Decoder
 from torq_jax.errors import TorqError
 from torq_jax.generate import Piece, chat_prompt, stream
 from torq_jax.sampling import Sampling
+from torq_jax.sharding import MESH_HELP
 
 PROMPT_TOKENS, CHAT_TOKENS = 128, 1024
 """``--max-tokens`` for given prompts, and where a person reads along and can stop the answer."""
@@ -109,11 +110,13 @@ def main(argv: list[str] | None = None) -> int:
     pace = Pace()
     try:
         sampling = _sampling(options)
-        model, tokenizer, _ = load(options.directory)
+        model, tokenizer, _ = load(options.directory, mesh=options.mesh)
         if tokenizer is None:
             raise TorqError(f"{options.directory} has no tokenizer: use generate_tokens from Python")
+        mesh = "" if model.partition is None else f", mesh of {model.partition.describe()}"
         print(
-            f"[{model.implementation} on {jax.default_backend()}, {model.dtype} activations]", file=sys.stderr
+            f"[{model.implementation} on {jax.default_backend()}, {model.dtype} activations{mesh}]",
+            file=sys.stderr,
         )
         with pace.listening():
             _dispatch(model, tokenizer, sampling, options, pace)
@@ -173,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="the text ends before it")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mesh", metavar="DATAxMODEL", help=MESH_HELP)
     return parser
 
 
