@@ -16,18 +16,20 @@ from jax.sharding import PartitionSpec as P
 import torq_jax
 from tests import collectives, tiny_checkpoint
 from torq_jax import evaluate, generate, plan, sharding
+from torq_jax.checkpoint import layer_formats
 from torq_jax.errors import TorqError
 from torq_jax.sampling import Sampling, row_settings
 
-# mesh, rules, key and value heads, blocks mixed together, whether weights are decoded
+# Mesh, rules, key and value heads, whether weights are decoded. Of the 4 groups of blocks before o and the 8 before
+# down, eight devices cut the former and get one of the latter each.
 LAYOUTS = {
-    "model": ("8", None, 8, 2, False),
-    "model, decoded": ("1x8", None, 8, 1, True),
-    "data and model": ("2x4", None, 8, 2, False),
-    "data": ("8x1", None, 8, 2, False),
-    "key heads repeated": ("1x8", None, 2, 4, False),
-    "key heads over a part": ("1x2x4", None, 2, 4, True),
-    "positions": ("2x4", {"positions": "model"}, 8, 4, False),
+    "model": ("8", None, 8, False),
+    "data and model": ("2x4", None, 8, False),
+    "key heads over a part": ("1x2x4", None, 2, True),
+    "key heads repeated": ("1x8", None, 2, False),
+    "model, decoded": ("1x8", None, 8, True),
+    "data": ("8x1", None, 8, False),
+    "positions": ("2x4", {"positions": "model"}, 8, False),
 }
 PROMPTS = [[5, 6, 7], list(range(20, 33)), [9], [40, 3], [8] * 6]
 
@@ -37,22 +39,27 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
 
     @functools.cache
-    def one(kv_heads, group):
-        return tiny_checkpoint.write(folder / f"{kv_heads}-{group}", num_kv_heads=kv_heads, group=group)
+    def one(kv_heads):
+        return tiny_checkpoint.write(folder / f"{kv_heads}", num_kv_heads=kv_heads)
 
     return one
 
 
 @pytest.fixture(scope="module")
 def single(checkpoints):
-    return functools.cache(lambda kv_heads, group: torq_jax.load(checkpoints(kv_heads, group)).model)
+    return functools.cache(lambda kv_heads: torq_jax.load(checkpoints(kv_heads)).model)
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+SLOW = ("model, decoded", "data", "positions")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in LAYOUTS]
+)
 def layout(request, checkpoints, single):
-    mesh, rules, kv_heads, group, decoded = LAYOUTS[request.param]
-    loaded = torq_jax.load(checkpoints(kv_heads, group), mesh=mesh, rules=rules, dequantize=decoded)
-    return loaded.model, single(kv_heads, group), loaded.manifest
+    mesh, rules, kv_heads, decoded = LAYOUTS[request.param]
+    loaded = torq_jax.load(checkpoints(kv_heads), mesh=mesh, rules=rules, dequantize=decoded)
+    return loaded.model, single(kv_heads), loaded.manifest
 
 
 def test_logits_equal_one_device(layout):
@@ -75,17 +82,13 @@ def test_every_array_lies_as_the_plan_says(layout):
     divided, _, manifest = layout
     own = divided.partition
     leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.split(divided)[1]))
-    planned = plan.tensors(divided.config, plan.formats_of(divided.config, manifest), own, decoded=divided_is(divided))
+    decoded = None if hasattr(divided.layers.attn_out, "o_codes") else divided.dtype
+    planned = plan.tensors(divided.config, layer_formats(divided.config, manifest), own, decoded=decoded)
     assert len(leaves) == len(planned)
     for path, array in leaves:
         name = ".".join(str(key.key) for key in path)
         assert array.addressable_shards[0].data.shape == planned[name].local, name
         assert len(array.sharding.device_set) == own.mesh.size
-
-
-def divided_is(model):
-    """The dtype of decoded weights, or None where they are packed."""
-    return None if hasattr(model.stacks()[0].attn_out, "o_codes") else model.dtype
 
 
 def programs(model, rows, width):
@@ -134,7 +137,7 @@ def test_no_weight_is_moved(layout):
         moved = [c for c in moved_weights(text, limit) if not (set(c.shapes) <= activations and c.dtypes == ("f32",))]
         assert not moved, (name, moved)
     # What the plan counts is what the compiler makes.
-    expected = plan.collectives(divided.config, plan.formats_of(divided.config, manifest), own, rows, activation_bytes=4)
+    expected = plan.collectives(divided.config, layer_formats(divided.config, manifest), own, rows, activation_bytes=4)
     layers = divided.config.num_layers
     found = collectives.read(texts["decode"])
     assert sum(c.nbytes * (layers if c.looped else 1) for c in found) == sum(
@@ -144,7 +147,7 @@ def test_no_weight_is_moved(layout):
 
 def test_a_moved_weight_would_be_seen(checkpoints):
     """The check above finds a weight that is gathered because a device needs all of it."""
-    model = torq_jax.load(checkpoints(8, 2), mesh="1x8", dequantize=False).model
+    model = torq_jax.load(checkpoints(8), mesh="1x8", dequantize=False).model
     site = model.layers.attn_in
     whole = jax.jit(lambda x: x + 0, out_shardings=sharding.NamedSharding(model.partition.mesh, P()))
     for name in ("q_codes", "q_scales"):
@@ -153,22 +156,22 @@ def test_a_moved_weight_would_be_seen(checkpoints):
 
 
 def test_losses_equal_one_device(checkpoints, single):
-    model = torq_jax.load(checkpoints(8, 2), mesh="2x4").model
+    model = torq_jax.load(checkpoints(8), mesh="2x4").model
     windows = np.arange(3 * 16, dtype=np.int32).reshape(3, 16)
-    got, want = (evaluate.window_losses(m, windows) for m in (model, single(8, 2)))
+    got, want = (evaluate.window_losses(m, windows) for m in (model, single(8)))
     assert got.shape == (3, 15)
     np.testing.assert_allclose(got, want, atol=5e-5, rtol=0)
 
 
 def test_meshes_that_do_not_fit(checkpoints):
     with pytest.raises(TorqError, match="mesh '1x4' needs 4 devices, there are 8"):
-        torq_jax.load(checkpoints(8, 2), mesh="1x4")
+        torq_jax.load(checkpoints(8), mesh="1x4")
     with pytest.raises(TorqError, match="rules divide a model over a mesh: pass mesh=, too"):
-        torq_jax.load(checkpoints(8, 2), rules={"mlp": None})
+        torq_jax.load(checkpoints(8), rules={"mlp": None})
 
 
 def test_a_mesh_of_some_devices(checkpoints, single):
     mesh = sharding.make_mesh("1x2", jax.devices()[2:4])
-    model = torq_jax.load(checkpoints(8, 2), mesh=mesh).model
+    model = torq_jax.load(checkpoints(8), mesh=mesh).model
     got = generate.generate(model, PROMPTS[:2], Sampling(max_tokens=3))
-    assert got == generate.generate(single(8, 2), PROMPTS[:2], Sampling(max_tokens=3))
+    assert got == generate.generate(single(8), PROMPTS[:2], Sampling(max_tokens=3))

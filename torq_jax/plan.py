@@ -398,11 +398,6 @@ def estimate(
     )
 
 
-def formats_of(config: DecoderConfig, manifest: Mapping[str, Any]) -> list[Formats]:
-    """Formats of each layer of a checkpoint."""
-    return checkpoint.layer_formats(config, manifest)
-
-
 def mesh_for(config: DecoderConfig, count: int) -> str:
     """The mesh that divides a model over all devices: key and value heads over as many as they divide over, and
     repeated over the rest."""
