@@ -155,6 +155,20 @@ def test_a_moved_weight_would_be_seen(checkpoints):
         assert [c.operation for c in moved_weights(text, smallest_weight(model))] == ["all-gather"]
 
 
+def test_kernels_run_on_every_device(checkpoints, single):
+    """Interpreted, each on its own part: groups of blocks before o are cut by eight devices, those before down not."""
+    model = torq_jax.load(checkpoints(8), mesh="1x8", implementation="tpu_interpret").model
+    assert model.implementation == "tpu_interpret"
+    assert hasattr(model.layers.attn_out, "inter") and not hasattr(model.layers.mlp_out, "inter")
+    tokens = jnp.asarray(np.arange(12).reshape(2, 6) * 7 % 288)
+    run = nnx.jit(lambda m, t: m(t)[0])
+    # As in test_logits_equal_one_device.
+    np.testing.assert_allclose(run(model, tokens), run(single(8), tokens), atol=5e-5, rtol=0)
+    found = collectives.read(run.lower(model, tokens).compile().as_text())
+    assert {c.operation for c in found} == {"all-reduce", "all-to-all"}
+    assert max(c.nbytes for c in found) == tokens.size * model.config.hidden_size * 4
+
+
 def test_losses_equal_one_device(checkpoints, single):
     model = torq_jax.load(checkpoints(8), mesh="2x4").model
     windows = np.arange(3 * 16, dtype=np.int32).reshape(3, 16)

@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
-from torq_jax import mxfp4, tpu
+from torq_jax import mesh_kernels, mxfp4, tpu
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig, RopeScaling
 from torq_jax.errors import TorqError
 from torq_jax.matmul import (
@@ -41,7 +41,7 @@ from torq_jax.matmul import (
 from torq_jax.mxfp4 import BLOCK, MXFP4Array
 from torq_jax.mxfp8 import MXFP8Array
 from torq_jax.rotation import TwoLevelRotation
-from torq_jax.sharding import Partition, constrain
+from torq_jax.sharding import Partition, constrain, put
 
 Tap = Callable[[str, Array], Array]
 """Called while tracing with a site's name and the activation ``[b, t, features]`` that enters it, and with
@@ -196,45 +196,47 @@ class Site(nnx.Module):
           implementation: "tpu" or "tpu_interpret".
         """
         names = SITE_WEIGHTS[self.site]
-        weights = {name: self.weight(name) for name in names}
         transform = self.rotation()
-        count = getattr(self, f"{names[0]}_codes").shape[0]
-        linear = tpu.stack(
-            [
-                tpu.pack(
-                    [jax.tree.map(lambda a: a[i], weights[name]) for name in names],  # noqa: B023
-                    jax.tree.map(lambda a: a[i], transform),  # noqa: B023
-                    dtype=dtype,
-                    kind=kind,
-                )
-                for i in range(count)
-            ]
-        )
+        own, kept = self.partition, ()
+        if own is not None and transform is not None and own.mixed_apart(self.site, _one_layer(transform.inter)):
+            kept, transform = ("inter",), dataclasses.replace(transform, inter=None)
+        operands = ([self.weight(name) for name in names], transform)
+        packing = functools.partial(tpu.pack_stack, dtype=dtype, kind=kind)
+        if own is None:
+            linear = packing(*operands)
+            arrays, tree = jax.tree.flatten(linear)
+        else:
+            arrays, tree = mesh_kernels.pack(own, self.site, packing, operands)
         outputs = tuple(getattr(self, f"{name}_codes").shape[-2] for name in names)
+        count = getattr(self, f"{names[0]}_codes").shape[0]
         for name in ("inter", "intra", *(f"{n}_{part}" for n in names for part in ("codes", "scales"))):
-            if hasattr(self, name):
+            if hasattr(self, name) and name not in kept:
                 delattr(self, name)
-        arrays, tree = jax.tree.flatten(linear)
         for i, array in enumerate(arrays):
             setattr(self, f"packed_{i}", Whole(array))
-        self.layer = nnx.Param(jnp.arange(count, dtype=jnp.int32))
+        self.layer = nnx.Param(put(own, np.arange(count, dtype=np.int32)))
         self.packed = _Packed(tree, outputs, implementation)
 
     def _by_kernel(self, x: Float[Array, "b t i"]) -> list[Float[Array, "b t o"]]:
         """All products of the site in one call."""
         assert self.packed is not None
         tree, outputs, implementation = self.packed
-        linear = jax.tree.unflatten(tree, [getattr(self, f"packed_{i}")[...] for i in range(tree.num_leaves)])
+        arrays = [getattr(self, f"packed_{i}")[...] for i in range(tree.num_leaves)]
         interpreted = implementation == "tpu_interpret"
-        y = tpu.apply(
-            x,
-            linear,
-            self.form.activation_scale,
-            layer=self.layer[...],
+        run = functools.partial(
+            tpu.apply,
+            activation_scale=self.form.activation_scale,
             generation=INTERPRETED_AS if interpreted else None,
             interpret=interpreted,
         )
-        return jnp.split(y, np.cumsum(outputs)[:-1].tolist(), axis=-1)
+        if self.partition is None:
+            y = run(x, jax.tree.unflatten(tree, arrays), layer=self.layer[...])
+            return jnp.split(y, np.cumsum(outputs)[:-1].tolist(), axis=-1)
+        inter = getattr(self, "inter", None)  # kept where no kernel can run it
+        if inter is not None:
+            # Rounded between the stages, as the kernel does.
+            x = self.partition.mix_blocks(self.site, padded(x, self.features), inter[...]).astype(x.dtype)
+        return mesh_kernels.apply(self.partition, self.site, run, x, tree, arrays, outputs, self.layer[...])
 
     def rotation(self) -> TwoLevelRotation | None:
         """The rotation that runs online, if there is one."""
@@ -548,8 +550,11 @@ def pack(model: Decoder, implementation: str | None = None) -> Decoder:
             reason = unfit(weights[0], site.form.activation_scale, site.form.activations)
             kind = None
             if reason is None:
-                each = [jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), weight) for weight in weights]
-                kind = tpu.best_kind(each, generation)
+                if site.partition is None:
+                    each = [jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), w) for w in weights]
+                    kind = tpu.best_kind(each, generation)
+                else:
+                    kind = mesh_kernels.best_kind(weights, generation)
                 reason = "scales of an output are too far apart for their layout"
             if kind is None:
                 left[name] = str(reason)
@@ -565,6 +570,11 @@ def divide(model: Decoder, own: Partition) -> Decoder:
     for module in (model, *model.stacks(), *(getattr(s, name) for s in model.stacks() for name in SITES)):
         module.partition = own
     return model
+
+
+def _one_layer(stacked: Any) -> Any:
+    """Shape and dtype of one layer's array out of a stack."""
+    return None if stacked is None else jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype)
 
 
 def rms_norm(x: Float[Array, "*b n"], scale: Float[Array, " n"], eps: float) -> Float[Array, "*b n"]:

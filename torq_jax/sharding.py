@@ -154,18 +154,26 @@ class Partition:
 
     def rotate(self, site: str, x: Any, transform: TwoLevelRotation) -> Any:
         """:func:`torq_jax.rotation.rotate` of the activation ``[b, t, d]`` that enters a site, while tracing."""
-        inter = transform.inter
+        if self.mixed_apart(site, transform.inter):
+            # As in rotate, float32 between the stages.
+            inside = TwoLevelRotation(None, transform.intra, transform.features)
+            return rotation.rotate(self.mix_blocks(site, x, transform.inter), inside).astype(x.dtype)
+        return rotation.rotate(x, transform)
+
+    def mixed_apart(self, site: str, inter: Any) -> bool:
+        """Whether the stage between blocks exchanges activations, and so runs by :meth:`mix_blocks`."""
         layout = self.rotation_layout(site, None if inter is None else tuple(inter.shape))
-        if layout in ("whole", "local"):
-            return rotation.rotate(x, transform)
+        return layout in ("divided", "exchanged", "gathered")
+
+    def mix_blocks(self, site: str, x: Any, inter: Any) -> Any:
+        """The stage between blocks of ``[b, t, d]``, in float32, where no device holds what it mixes."""
         axis = ROW_SITES.get(site)
+        layout = self.rotation_layout(site, tuple(inter.shape))
         apart = {"divided": "positions", "exchanged": axis, "gathered": None}[layout]
         blocks = x.reshape(*x.shape[:-1], -1, POSITIONS)
         mixed = rotation.mix_blocks(self.constrain(blocks, "batch", None, None, apart), inter)
         mixed = self.constrain(self.constrain(mixed, "batch", None, None, apart), "batch", None, axis, None)
-        # As in rotate, float32 between the stages.
-        inside = TwoLevelRotation(None, transform.intra, transform.features)
-        return rotation.rotate(mixed.reshape(x.shape), inside).astype(x.dtype)
+        return mixed.reshape(x.shape)
 
     def shardings(self, tree: Any, *, stacked: bool = False) -> Any:
         """A sharding for every array or shape of a nested dictionary of parameters.
