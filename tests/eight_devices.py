@@ -185,6 +185,18 @@ def test_losses_equal_one_device(checkpoints, single):
     np.testing.assert_allclose(got, want, atol=5e-5, rtol=0)
 
 
+def test_a_rounded_cache_is_divided_too(tmp_path):
+    path = tiny_checkpoint.write(tmp_path / "tiny", num_heads=8, num_kv_heads=8, head_dim=32)
+    model = torq_jax.load(path, mesh="2x4", kv="mxfp4").model
+    cache = model.init_cache(4, 32)
+    # Rows over 2 devices, heads over 4, of codes and scales alike.
+    local = {a.addressable_shards[0].data.shape[1:3] for a in jax.tree.leaves((cache.keys, cache.values))}
+    assert local == {(2, 2)}
+    settings = Sampling(max_tokens=4)
+    got = generate.generate(model, PROMPTS[:3], settings)
+    assert got == generate.generate(torq_jax.load(path, kv="mxfp4").model, PROMPTS[:3], settings)
+
+
 def test_meshes_that_do_not_fit(checkpoints):
     with pytest.raises(TorqError, match="mesh '1x4' needs 4 devices, there are 8"):
         torq_jax.load(checkpoints(8), mesh="1x4")
