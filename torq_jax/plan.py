@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from torq_jax import checkpoint, decoder, sharding
-from torq_jax.cache import AXES
+from torq_jax import cache, checkpoint, decoder, sharding
 from torq_jax.config import SITES, DecoderConfig
 from torq_jax.decoder import Formats, SiteFormat
 from torq_jax.errors import TorqError
@@ -360,7 +359,7 @@ def estimate(
     batch: int,
     context: int,
     decoded: Any = None,
-    kv_bytes: float = 2,
+    kv: str = "bf16",
 ) -> Estimate:
     """Bytes and times of decoding with ``batch`` rows that have ``context`` tokens each.
 
@@ -372,7 +371,7 @@ def estimate(
       batch: rows.
       context: slots of the cache, all of them read in a step.
       decoded: as in :func:`tensors`.
-      kv_bytes: of an element of the cache.
+      kv: what keys and values are stored in, one of :data:`torq_jax.cache.FORMATS`.
     """
     found = tensors(config, formats, own, decoded=decoded)
     rows = batch // own.ways("batch") if batch % own.ways("batch") == 0 else batch
@@ -388,11 +387,12 @@ def estimate(
         else:
             kind = "norms, biases" if last.endswith(("norm", "_bias")) else "linear layers"
         memory[kind] += tensor.local_bytes
-    cache = own.fit((1, batch, config.num_kv_heads, 1, 1), *AXES)
+    place = own.fit((1, batch, config.num_kv_heads, 1, 1), *cache.AXES)
     local = sharding.local_shape(
-        cache, (config.num_layers, batch, config.num_kv_heads, context, config.head_dim)
+        place, (config.num_layers, batch, config.num_kv_heads, context, config.head_dim)
     )
-    memory["KV cache"] = 2 * math.prod(local) * kv_bytes
+    layers, *rows_heads_slots, head_dim = local
+    memory["KV cache"] = math.prod(rows_heads_slots) * cache.bytes_per_token(layers, 1, head_dim, kv)
     # The largest of what a piece of prompts needs at a time, roughly.
     heads, inner = config.num_heads / own.ways("heads"), config.intermediate_size / own.ways("mlp")
     scores = 2 * rows * heads * min(decoder.QUERY_CHUNK, PREFILL) * context * 4
@@ -446,7 +446,7 @@ def parse_mesh(text: str) -> tuple[str, int]:
 
 
 def make(
-    model: Model, kind: str, count: int, *, layout: str | None, batch: int, context: int, kv_bytes: float = 2
+    model: Model, kind: str, count: int, *, layout: str | None, batch: int, context: int, kv: str = "bf16"
 ) -> dict[str, Any]:
     """The whole plan of a model on ``count`` devices of a kind, as plain values.
 
@@ -457,7 +457,7 @@ def make(
       layout: axes of the mesh as :func:`torq_jax.sharding.make_mesh` reads them; :func:`mesh_for` when None.
       batch: rows that are decoded together.
       context: tokens that each has at most.
-      kv_bytes: of an element of the cache.
+      kv: what keys and values are stored in, one of :data:`torq_jax.cache.FORMATS`.
 
     Raises:
       TorqError: a layout of another number of devices.
@@ -465,7 +465,7 @@ def make(
     config, device = model.config, DEVICES[kind]
     own = _partition(config, layout or mesh_for(config, count), count)
     divided = sharding.partition(config, own.mesh, {"positions": own.over("mlp") or own.over("heads")})
-    given: dict[str, Any] = {"batch": batch, "context": context, "kv_bytes": kv_bytes}
+    given: dict[str, Any] = {"batch": batch, "context": context, "kv": kv}
     rows = {
         "bf16": estimate(config, decoder.FLOAT, own, device, decoded=jnp.bfloat16, **given),
         "MXFP4": estimate(config, model.formats, own, device, **given),
@@ -481,7 +481,7 @@ def make(
         "undivided": list(own.notes),
         "batch": batch,
         "context": context,
-        "kv_bytes": kv_bytes,
+        "kv": kv,
         "formats": {
             name: {
                 "memory": {k: round(v) for k, v in row.memory.items()},
@@ -565,7 +565,7 @@ def text(plan: Mapping[str, Any], *, listed: bool = True) -> str:
     mesh = " x ".join(f"{size} {name}" for name, size in plan["mesh"].items())
     lines = [
         f"{plan['model']} on {device['kind']}-{device['count']}, mesh {mesh}: batch {plan['batch']}, context "
-        f"{plan['context']}, cache of {plan['kv_bytes']:g} bytes an element",
+        f"{plan['context']}, cache in {plan['kv']}",
         *(f"note: {note}" for note in plan["undivided"]),
         "",
         f"{'a device holds':<34}" + "".join(f"{name:>12}" for name in formats),
@@ -587,7 +587,7 @@ def text(plan: Mapping[str, Any], *, listed: bool = True) -> str:
         values = []
         for found in formats.values():
             same = [c for c in found["collectives"] if (c["operation"], c["where"]) == (operation, where)]
-            values.append(size_text(sum(c["sent"] * c["count"] for c in same)) if same else "–")
+            values.append(size_text(sum(c["sent"] * c["times"] for c in same)) if same else "–")
         lines.append(row(f"  {operation}, {where}", values))
     lines.append(
         row(
@@ -659,7 +659,10 @@ def main(argv: list[str] | None = None) -> int:
         "--context", type=int, default=8192, help="tokens that each row has (default: %(default)s)"
     )
     parser.add_argument(
-        "--kv-bytes", type=float, default=2, help="of an element of the cache (default: %(default)s)"
+        "--kv",
+        choices=cache.FORMATS,
+        default="bf16",
+        help="what the cache is stored in (default: %(default)s)",
     )
     parser.add_argument(
         "--method", choices=METHODS, default="two_level", help="of a model that is not converted"
@@ -668,10 +671,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there, too")
     options = parser.parse_args(argv)
     try:
-        if options.batch < 1 or options.context < 1 or options.kv_bytes <= 0:
-            raise TorqError(
-                f"batch {options.batch}, context {options.context}, bytes {options.kv_bytes}: must be positive"
-            )
+        if options.batch < 1 or options.context < 1:
+            raise TorqError(f"batch {options.batch}, context {options.context}: must be positive")
         kind, count = parse_mesh(options.mesh)
         model = find(options.model, options.method)
         plan = make(
@@ -681,7 +682,7 @@ def main(argv: list[str] | None = None) -> int:
             layout=options.layout,
             batch=options.batch,
             context=options.context,
-            kv_bytes=options.kv_bytes,
+            kv=options.kv,
         )
     except TorqError as error:
         print(f"error: {error}", file=sys.stderr)
