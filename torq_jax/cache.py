@@ -29,6 +29,7 @@ from torq_jax.solvers.hadamard import hadamard_matrix
 
 if TYPE_CHECKING:
     from torq_jax.decoder import Decoder, DecoderLayer
+    from torq_jax.sharding import Partition
 
 FORMATS = ("float32", "bf16", "mxfp8", "mxfp4")
 """What a cache can be stored in."""
@@ -39,6 +40,9 @@ ROTATED = ("mxfp8", "mxfp4")
 _FLOATS = {"float32": jnp.float32, "bf16": jnp.bfloat16}
 _SCALE_RULES = {"mxfp8": "ceil", "mxfp4": "mse"}
 """The rule with the least error that each format has; of a token, little is rounded."""
+
+AXES = (None, "batch", "kv_heads", None, None)
+"""Logical axes of keys and values on a mesh, and of their codes and scales."""
 
 Stored = Float[Array, "*L b g s d"] | MXFP4Array | MXFP8Array
 """Keys or values as stored."""
@@ -83,7 +87,13 @@ def check_format(kv: str | None, head_dim: int) -> None:
         )
 
 
-def empty(shape: tuple[int, ...], dtype: Any, kv: str | None, rotate: bool | None = None) -> KVCache:
+def empty(
+    shape: tuple[int, ...],
+    dtype: Any,
+    kv: str | None,
+    rotate: bool | None = None,
+    own: Partition | None = None,
+) -> KVCache:
     """A cache without tokens.
 
     Args:
@@ -91,23 +101,26 @@ def empty(shape: tuple[int, ...], dtype: Any, kv: str | None, rotate: bool | Non
       dtype: of keys and values where ``kv`` is None.
       kv: one of :data:`FORMATS`.
       rotate: whether heads are rotated; None where they are rounded to blocks.
+      own: the mesh that rows and heads are divided over.
 
     Raises:
       TorqError: as :func:`check_format`.
     """
     check_format(kv, shape[-1])
     rotated = kv in ROTATED if rotate is None else rotate
-    keys, values = (_zeros(shape, dtype, kv) for _ in range(2))
+    keys, values = (_zeros(shape, dtype, kv, own) for _ in range(2))
     return KVCache(keys, values, jnp.int32(0), rotated)
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any, kv: str | None) -> Stored:
+def _zeros(shape: tuple[int, ...], dtype: Any, kv: str | None, own: Partition | None) -> Stored:
     *outer, d = shape
+    place = None if own is None else own.fit(shape, *AXES)
+    zeros = functools.partial(jnp.zeros, device=place)
     if kv not in ROTATED:
-        return jnp.zeros(shape, dtype if kv is None else _FLOATS[kv])
+        return zeros(shape, dtype if kv is None else _FLOATS[kv])
     kind, code_bytes = (MXFP4Array, d // 2) if kv == "mxfp4" else (MXFP8Array, d)
     # Zero codes under any scale are zeros.
-    return kind(jnp.zeros((*outer, code_bytes), jnp.uint8), jnp.zeros((*outer, d // BLOCK), jnp.uint8), d, -1)
+    return kind(zeros((*outer, code_bytes), jnp.uint8), zeros((*outer, d // BLOCK), jnp.uint8), d, -1)
 
 
 def encode(x: Float[Array, "b g t d"], store: Stored) -> Stored:
@@ -133,13 +146,26 @@ def write(
     new: Float[Array, "b t g d"],
     index: Int32[Array, ""],
     start: Int32[Array, ""] | Int32[Array, " b"] | int,
+    own: Partition | None = None,
 ) -> Stored:
-    """``store [L, b, g, s, d]`` with ``new`` encoded into layer ``index`` from ``start`` on, in each row its own."""
+    """``store [L, b, g, s, d]`` with ``new`` encoded into layer ``index`` from ``start`` on, in each row its own.
+
+    On a mesh each device writes its own rows and heads; left to itself, XLA would gather the new ones.
+    """
     encoded = encode(new.swapaxes(1, 2), store)
-    return jax.tree.map(functools.partial(_write, index=index, start=start), store, encoded)
+    put = _write if own is None else functools.partial(_write_divided, own)
+    return jax.tree.map(lambda old, one: put(old, one, index, start), store, encoded)
 
 
-def _write(store: Array, new: Array, *, index: Array, start: Any) -> Array:
+def _write_divided(own: Partition, store: Array, new: Array, index: Array, start: Any) -> Array:
+    start = jnp.asarray(start, jnp.int32)
+    arrays = (store, new, index, start)
+    axes = (AXES, AXES[1:], (), ("batch",)[: start.ndim])
+    specs = tuple(own.fit(a.shape, *names).spec for a, names in zip(arrays, axes, strict=True))
+    return jax.shard_map(_write, mesh=own.mesh, in_specs=specs, out_specs=specs[0])(*arrays)
+
+
+def _write(store: Array, new: Array, index: Array, start: Any) -> Array:
     if jnp.ndim(start) == 0:
         return jax.lax.dynamic_update_slice(store, new[None], (index, 0, 0, start, 0))
     rows, tokens = jnp.arange(new.shape[0])[:, None], jnp.arange(new.shape[2], dtype=jnp.int32)
@@ -184,15 +210,16 @@ def foldable(stack: DecoderLayer) -> bool:
 
 
 def fold_values(model: Decoder) -> Decoder:
-    """``model`` with the rotation of the values in its weights where :func:`foldable`; it is changed.
+    """``model``, which lies on one device, with the rotation of the values in its weights where :func:`foldable`.
 
-    The function of the model stays what it is, with any cache or none. Other layers rotate online.
+    It is changed, but its function stays what it is, with any cache or none. Other layers rotate online.
     """
     heads = model.config.num_kv_heads
     for stack in model.stacks():
         if stack.values_rotated or not foldable(stack):
             continue
-        read, out = stack.attn_in, stack.attn_out
+        read: Any = stack.attn_in
+        out: Any = stack.attn_out
         read.v = nnx.Param(_fold(read.weight("v"), heads, -2))
         if hasattr(read, "v_bias"):
             read.v_bias = nnx.Param(_fold(read.v_bias[...][..., None], heads, -2)[..., 0])

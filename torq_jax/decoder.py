@@ -25,7 +25,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from torq_jax import cache as kv_cache
-from torq_jax import mxfp4, tpu
+from torq_jax import mesh_kernels, mxfp4, tpu
 from torq_jax.cache import KVCache, Stored, rotate_heads
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig, RopeScaling
 from torq_jax.errors import TorqError
@@ -34,6 +34,7 @@ from torq_jax.matmul import (
     INTERPRETED_AS,
     ActivationFormat,
     dot,
+    padded,
     precision,
     prepare,
     select,
@@ -42,6 +43,7 @@ from torq_jax.matmul import (
 from torq_jax.mxfp4 import BLOCK, MXFP4Array
 from torq_jax.mxfp8 import MXFP8Array
 from torq_jax.rotation import TwoLevelRotation
+from torq_jax.sharding import Partition, constrain, put
 
 Tap = Callable[[str, Array], Array]
 """Called while tracing with a site's name and the activation ``[b, t, features]`` that enters it, and with
@@ -130,6 +132,7 @@ class Site(nnx.Module):
     def __init__(self, config: DecoderConfig, site: str, form: SiteFormat, init: _Init):
         self.site, self.form = site, form
         self.packed: _Packed | None = None
+        self.partition: Partition | None = None
         features = form.stored_features(config.site_in_features(site))
         self.features = features
         for level in ("inter", "intra"):
@@ -153,7 +156,10 @@ class Site(nnx.Module):
         if self.packed is not None:
             products = self._by_kernel(x)
         else:
-            x = prepare(x, self.rotation(), self.form.activation_scale, self.form.activations)
+            transform = self.rotation()
+            if self.partition is not None and transform is not None:
+                x, transform = self.partition.rotate(self.site, padded(x, self.features), transform), None
+            x = prepare(x, transform, self.form.activation_scale, self.form.activations)
             rounded = self.form.activation_scale is not None
             products = [dot(x, self.weight(name), rounded=rounded) for name in SITE_WEIGHTS[self.site]]
         outputs = []
@@ -172,45 +178,48 @@ class Site(nnx.Module):
           implementation: "tpu" or "tpu_interpret".
         """
         names = SITE_WEIGHTS[self.site]
-        weights = {name: self.weight(name) for name in names}
         transform = self.rotation()
-        count = getattr(self, f"{names[0]}_codes").shape[0]
-        linear = tpu.stack(
-            [
-                tpu.pack(
-                    [jax.tree.map(lambda a: a[i], weights[name]) for name in names],  # noqa: B023
-                    jax.tree.map(lambda a: a[i], transform),  # noqa: B023
-                    dtype=dtype,
-                    kind=kind,
-                )
-                for i in range(count)
-            ]
-        )
+        own = self.partition
+        kept: tuple[str, ...] = ()
+        if own and transform is not None and own.mixed_apart(self.site, _one_layer(transform.inter)):
+            kept, transform = ("inter",), dataclasses.replace(transform, inter=None)
+        operands: Any = ([self.weight(name) for name in names], transform)
+        packing = functools.partial(tpu.pack_stack, dtype=dtype, kind=kind)
+        if own is None:
+            linear = packing(*operands)
+            arrays, tree = jax.tree.flatten(linear)
+        else:
+            arrays, tree = mesh_kernels.pack(own, self.site, packing, operands)
         outputs = tuple(getattr(self, f"{name}_codes").shape[-2] for name in names)
+        count = getattr(self, f"{names[0]}_codes").shape[0]
         for name in ("inter", "intra", *(f"{n}_{part}" for n in names for part in ("codes", "scales"))):
-            if hasattr(self, name):
+            if hasattr(self, name) and name not in kept:
                 delattr(self, name)
-        arrays, tree = jax.tree.flatten(linear)
         for i, array in enumerate(arrays):
             setattr(self, f"packed_{i}", Whole(array))
-        self.layer = nnx.Param(jnp.arange(count, dtype=jnp.int32))
+        self.layer = nnx.Param(put(own, np.arange(count, dtype=np.int32)))
         self.packed = _Packed(tree, outputs, implementation)
 
     def _by_kernel(self, x: Float[Array, "b t i"]) -> list[Float[Array, "b t o"]]:
         """All products of the site in one call."""
         assert self.packed is not None
         tree, outputs, implementation = self.packed
-        linear = jax.tree.unflatten(tree, [getattr(self, f"packed_{i}")[...] for i in range(tree.num_leaves)])
+        arrays = [getattr(self, f"packed_{i}")[...] for i in range(tree.num_leaves)]
         interpreted = implementation == "tpu_interpret"
-        y = tpu.apply(
-            x,
-            linear,
-            self.form.activation_scale,
-            layer=self.layer[...],
+        run = functools.partial(
+            tpu.apply,
+            activation_scale=self.form.activation_scale,
             generation=INTERPRETED_AS if interpreted else None,
             interpret=interpreted,
         )
-        return jnp.split(y, np.cumsum(outputs)[:-1].tolist(), axis=-1)
+        if self.partition is None:
+            y = run(x, jax.tree.unflatten(tree, arrays), layer=self.layer[...])
+            return jnp.split(y, np.cumsum(outputs)[:-1].tolist(), axis=-1)
+        inter = getattr(self, "inter", None)  # kept where no kernel can run it
+        if inter is not None:
+            # Rounded between the stages, as the kernel does.
+            x = self.partition.mix_blocks(self.site, padded(x, self.features), inter[...]).astype(x.dtype)
+        return mesh_kernels.apply(self.partition, self.site, run, x, tree, arrays, outputs, self.layer[...])
 
     def rotation(self) -> TwoLevelRotation | None:
         """The rotation that runs online, if there is one."""
@@ -244,6 +253,7 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: DecoderConfig, formats: Formats, init: _Init):
         self.config = config
         self.values_rotated = False  # by the weights of v and o: see cache.fold_values
+        self.partition: Partition | None = None
         self.attn_in_norm = nnx.Param(init.constant(1.0, (config.hidden_size,)))
         self.mlp_in_norm = nnx.Param(init.constant(1.0, (config.hidden_size,)))
         if config.qk_norm:
@@ -277,9 +287,14 @@ class DecoderLayer(nnx.Module):
         eps = self.config.norm_eps
         normed = rms_norm(x, self.attn_in_norm[...], eps)
         attended, kept = self._attention(normed, rope, cache, rotated, start, tap)
-        x = x + self.attn_out(attended, tap)[0]
+        x = self._divided(x + self.attn_out(attended, tap)[0], None)
         gate, up = self.mlp_in(rms_norm(x, self.mlp_in_norm[...], eps), tap)
-        return x + self.mlp_out(jax.nn.silu(gate) * up, tap)[0], kept
+        hidden = self._divided(jax.nn.silu(gate) * up, "mlp")
+        return self._divided(x + self.mlp_out(hidden, tap)[0], None), kept
+
+    def _divided(self, x: Array, *names: str | None) -> Array:
+        """``x [b, t, ...]`` as the mesh has it, if there is one; ``names`` are the logical axes after these two."""
+        return constrain(self.partition, x, "batch", None, *names)
 
     def _attention(self, x: Array, rope: Any, cache: Any, rotated: bool, start: Any, tap: Any) -> Any:
         config = self.config
@@ -292,19 +307,23 @@ class DecoderLayer(nnx.Module):
             q = rms_norm(q, self.q_norm[...], config.norm_eps)
             k = rms_norm(k, self.k_norm[...], config.norm_eps)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q = self._divided(q, "heads", None)
+        k, v = (self._divided(a, "kv_heads", None) for a in (k, v))
         if cache is None:
-            out = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), start)
-            return out.reshape(b, t, -1), (k, v)
+            out, kept = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), start), (k, v)
+            return self._divided(out.reshape(b, t, -1), "heads"), kept
         values_turn = rotated and not self.values_rotated
         if rotated:
             q, k = rotate_heads(q), rotate_heads(k)
         if values_turn:
             v = rotate_heads(v)
         *stores, index = cache
-        kept = (kv_cache.write(stores[0], k, index, start), kv_cache.write(stores[1], v, index, start))
-        k, v = (kv_cache.decode(kv_cache.layer(store, index), q.dtype) for store in kept)
+        own = self.partition
+        written = tuple(kv_cache.write(s, n, index, start, own) for s, n in zip(stores, (k, v), strict=True))
+        k, v = (kv_cache.decode(kv_cache.layer(store, index), q.dtype) for store in written)
         out = attention(q, k, v, start)
-        return (rotate_heads(out) if values_turn else out).reshape(b, t, -1), kept
+        out = rotate_heads(out) if values_turn else out
+        return self._divided(out.reshape(b, t, -1), "heads"), written
 
 
 class Decoder(nnx.Module):
@@ -330,6 +349,7 @@ class Decoder(nnx.Module):
     ):
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.kv: str | None = None  # the cache's format; None for the activations' dtype
+        self.partition: Partition | None = None
         init = _Init(None if rngs is None else rngs.params())
         self.embed = nnx.Param(init.weight((config.vocab_size, config.hidden_size)))
         self.norm = nnx.Param(init.constant(1.0, (config.hidden_size,)))
@@ -366,7 +386,7 @@ class Decoder(nnx.Module):
                     f"the cache has room for {room} tokens and holds {used}: {tokens.shape[1]} more do not fit; "
                     "make a longer one with init_cache"
                 )
-        x = self.embed[...][tokens].astype(self.dtype)
+        x = constrain(self.partition, self.embed[...][tokens].astype(self.dtype), "batch", None, None)
         start = jnp.int32(0) if cache is None else cache.length
         rope = rope_tables(self.config, _positions(start, 0, tokens.shape[1]))
         stacks = self.stacks()
@@ -436,7 +456,8 @@ class Decoder(nnx.Module):
         c = self.config
         shape = (c.num_layers, batch, c.num_kv_heads, length, c.head_dim)
         kv = self.kv if kv is None and dtype is None else kv
-        return kv_cache.empty(shape, self.dtype if dtype is None else dtype, kv, rotate)
+        dtype = self.dtype if dtype is None else dtype
+        return kv_cache.empty(shape, dtype, kv, rotate, self.partition)
 
 
 def _split(stack: DecoderLayer) -> tuple[Any, Any, Any]:
@@ -545,8 +566,11 @@ def pack(model: Decoder, implementation: str | None = None) -> Decoder:
             reason = unfit(weights[0], site.form.activation_scale, site.form.activations)
             kind = None
             if reason is None:
-                each = [jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), weight) for weight in weights]
-                kind = tpu.best_kind(each, generation)
+                if site.partition is None:
+                    each = [jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), w) for w in weights]
+                    kind = tpu.best_kind(each, generation)
+                else:
+                    kind = mesh_kernels.best_kind(weights, generation)
                 reason = "scales of an output are too far apart for their layout"
             if kind is None:
                 left[name] = str(reason)
@@ -555,6 +579,18 @@ def pack(model: Decoder, implementation: str | None = None) -> Decoder:
     for name, reason in left.items():
         _log.warning("site %s runs as XLA compiles it, not on the TPU kernels: %s", name, reason)
     return model
+
+
+def divide(model: Decoder, own: Partition) -> Decoder:
+    """``model`` told of the mesh that its parameters lie on; it is changed."""
+    for module in (model, *model.stacks(), *(getattr(s, name) for s in model.stacks() for name in SITES)):
+        module.partition = own
+    return model
+
+
+def _one_layer(stacked: Any) -> Any:
+    """Shape and dtype of one layer's array out of a stack."""
+    return None if stacked is None else jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype)
 
 
 def rms_norm(x: Float[Array, "*b n"], scale: Float[Array, " n"], eps: float) -> Float[Array, "*b n"]:

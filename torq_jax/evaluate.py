@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from torq_jax import decoder
+from torq_jax import decoder, sharding
 from torq_jax.decoder import Decoder
 from torq_jax.errors import TorqError
 
@@ -182,7 +182,16 @@ def window_losses(
     check_vocabulary(windows, model.config.vocab_size)
     graph, state = nnx.split(model)
     run = functools.partial(_window_losses, graph, kv, rotate, state)
-    return np.concatenate([np.asarray(run(jnp.asarray(w[None]))) for w in windows])
+    own = model.partition
+    rows = 1 if own is None else own.batch(1)  # one on each part of a mesh's data axis
+    parts = []
+    for first in range(0, len(windows), rows):
+        part = windows[first : first + rows]
+        whole = np.concatenate(
+            [part, np.repeat(part[:1], rows - len(part), axis=0)]
+        )  # the last may lack some
+        parts.append(np.asarray(run(sharding.put(own, whole, "batch", None)))[: len(part)])
+    return np.concatenate(parts)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -193,7 +202,8 @@ def _window_losses(
     head = model.embed if model.config.tie_embeddings else model.lm_head
     cache = None if kv is None else model.init_cache(*tokens.shape, kv=kv, rotate=rotate)
     hidden, _ = model.hidden(tokens, cache)
-    return negative_log_likelihood(hidden, tokens, model.norm[...], head[...], eps=model.config.norm_eps)
+    losses = negative_log_likelihood(hidden, tokens, model.norm[...], head[...], eps=model.config.norm_eps)
+    return sharding.replicate(model.partition, losses)
 
 
 def read_windows(
@@ -247,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         model, tokenizer, _ = load(
-            options.directory, kv=options.kv, dequantize=False if options.packed else None
+            options.directory, kv=options.kv, dequantize=False if options.packed else None, mesh=options.mesh
         )
         if tokenizer is None:
             raise TorqError(f"{options.directory} has no tokenizer: text cannot be scored")

@@ -29,6 +29,7 @@ from torq_jax.cache import KVCache
 from torq_jax.decoder import Decoder
 from torq_jax.errors import TorqError
 from torq_jax.sampling import RowSettings, Sampling, choose, row_settings, sample
+from torq_jax.sharding import constrain, put, replicate
 
 __all__ = [
     "Generated",
@@ -100,6 +101,7 @@ def generate(
       special_tokens: let the tokenizer add its own to prompts that are texts; not for a :func:`chat_prompt`, which
         holds them already.
       batch: most prompts that run together; all when None. With fewer, the last batch is filled up with empty rows.
+        On a mesh, every batch is filled up to what divides evenly.
       kv: what keys and values are stored in, one of :data:`torq_jax.cache.FORMATS`; None for the model's own.
 
     Returns:
@@ -158,7 +160,9 @@ def stream(
     encoded = [_encode(p, tokenizer, special_tokens) for p in prompts]
     for tokens in encoded:
         _check(tokens, model)
-    return _stream(model, encoded, samplings, tokenizer, batch or max(1, len(prompts)), kv)
+    rows = batch or max(1, len(prompts))
+    rows = rows if model.partition is None else model.partition.batch(rows)
+    return _stream(model, encoded, samplings, tokenizer, rows, kv)
 
 
 def generate_tokens(
@@ -281,6 +285,9 @@ class _Ends:
     eos: Int32[Array, " e"]
 
 
+_SEEN = ("batch", "vocab")
+"""Logical axes of which tokens each row has, on a mesh."""
+
 jax.tree_util.register_dataclass(_Rows, ["token", "made", "done"], [])
 jax.tree_util.register_dataclass(_Ends, ["limit", "eos"], [])
 
@@ -321,11 +328,13 @@ def _prefill(
 ) -> tuple[KVCache, Float[Array, "b H"]]:
     """Put a piece of the prompts into the cache; ``last`` takes the rows whose prompt ends within it."""
     at = lengths - 1 - cache.length
-    hidden, filled = structure.model(leaves).hidden(tokens, cache)
+    model = structure.model(leaves)
+    hidden, filled = model.hidden(tokens, cache)
     assert filled is not None  # there was one
     ends = (at >= 0) & (at < tokens.shape[1])
     own = jnp.take_along_axis(hidden, jnp.clip(at, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
-    return filled, jnp.where(ends[:, None], own, last)
+    last = constrain(model.partition, jnp.where(ends[:, None], own, last), "batch", None)
+    return dataclasses.replace(filled, length=replicate(model.partition, filled.length)), last
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -336,11 +345,14 @@ def _decode(
 
     Returns the cache, the residual stream at these tokens, and the rows, those that were stopped done.
     """
-    hidden, filled = structure.model(leaves).hidden(rows.token[:, None], cache)
+    model = structure.model(leaves)
+    hidden, filled = model.hidden(rows.token[:, None], cache)
     assert filled is not None  # there was one
     rows = dataclasses.replace(rows, done=rows.done | stopped)
     length = jnp.where(rows.done, cache.length, filled.length)
-    return dataclasses.replace(filled, length=length), hidden[:, 0], rows
+    length, rows = replicate(model.partition, (length, rows))
+    last = constrain(model.partition, hidden[:, 0], "batch", None)
+    return dataclasses.replace(filled, length=length), last, rows
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -357,12 +369,13 @@ def _choose(
 
     A program of its own: it takes as long to compile as the layers, and serves prefill and decode at any length.
     """
-    logits = structure.model(leaves).logits(hidden)
+    model = structure.model(leaves)
+    logits = model.logits(hidden)
     token = jnp.where(rows.done, rows.token, choose(logits, seen, rows.made, settings))
     made = rows.made + ~rows.done
     seen = seen.at[jnp.arange(len(token)), token].set(True)
     done = rows.done | jnp.isin(token, ends.eos) | (made >= ends.limit)
-    return seen, _Rows(token, made, done)
+    return constrain(model.partition, seen, *_SEEN), replicate(model.partition, _Rows(token, made, done))
 
 
 def _stream(
@@ -418,10 +431,11 @@ def _run(
 
     empty = batch - len(prompts)
     filled, bounds = [*prompts, *[[0]] * empty], np.array([*limits, *[0] * empty], np.int32)
-    settings = row_settings([*samplings, *[Sampling()] * empty])
-    ends = _Ends(jnp.asarray(bounds), jnp.asarray(np.array(eos or [-1], np.int32)))
-    none = jnp.asarray(np.zeros(batch, np.int32))
-    rows = _Rows(none, none, jnp.asarray(bounds == 0))
+    on_device = functools.partial(put, model.partition)
+    settings = on_device(row_settings([*samplings, *[Sampling()] * empty]))
+    ends = _Ends(on_device(bounds), on_device(np.array(eos or [-1], np.int32)))
+    none = on_device(np.zeros(batch, np.int32))
+    rows = _Rows(none, none, on_device(bounds == 0))
     cache, hidden, seen = _prompts_read(model, split, filled, bounds, kv)
     seen, rows = _choose(*split, hidden, seen, rows, settings, ends)
 
@@ -430,7 +444,7 @@ def _run(
 
     def step(rows: _Rows) -> _Rows:
         nonlocal cache, seen
-        known = jnp.asarray(stopped.copy())  # the array itself goes on changing
+        known = on_device(stopped.copy())  # the array itself goes on changing
         cache, hidden, rows = _decode(*split, cache, rows, known)
         seen, rows = _choose(*split, hidden, seen, rows, settings, ends)
         return rows
@@ -473,12 +487,14 @@ def _prompts_read(
         tokens[row, : len(prompt)] = prompt
         seen[row, prompt] = True
     room = bucket(max(int((lengths + limits).max()), tokens.shape[1]))
+    on_device = functools.partial(put, model.partition)
     cache = model.init_cache(len(prompts), room, kv=kv)
-    last = jnp.zeros((len(prompts), model.config.hidden_size), model.dtype)
+    cache = dataclasses.replace(cache, length=on_device(cache.length))
+    last = on_device(np.zeros((len(prompts), model.config.hidden_size), model.dtype), "batch", None)
     for start, width in zip(starts, widths, strict=True):
-        piece = jnp.asarray(tokens[:, start : start + width])
-        cache, last = _prefill(*split, piece, cache, last, jnp.asarray(lengths))
-    return dataclasses.replace(cache, length=jnp.asarray(lengths)), last, jnp.asarray(seen)
+        piece = on_device(tokens[:, start : start + width])
+        cache, last = _prefill(*split, piece, cache, last, on_device(lengths))
+    return dataclasses.replace(cache, length=on_device(lengths)), last, on_device(seen, *_SEEN)
 
 
 @dataclasses.dataclass(frozen=True)

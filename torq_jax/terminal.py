@@ -110,12 +110,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         sampling = _sampling(options)
         model, tokenizer, _ = load(
-            options.directory, kv=options.kv, dequantize=False if options.packed else None
+            options.directory, kv=options.kv, dequantize=False if options.packed else None, mesh=options.mesh
         )
         if tokenizer is None:
             raise TorqError(f"{options.directory} has no tokenizer: use generate_tokens from Python")
+        mesh = "" if model.partition is None else f", mesh of {model.partition.describe()}"
         print(
-            f"[{model.implementation} on {jax.default_backend()}, {model.dtype} activations]", file=sys.stderr
+            f"[{model.implementation} on {jax.default_backend()}, {model.dtype} activations{mesh}]",
+            file=sys.stderr,
         )
         with pace.listening():
             _dispatch(model, tokenizer, sampling, options, pace)
