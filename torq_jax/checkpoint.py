@@ -206,8 +206,9 @@ def load(
       directory: what the converter wrote.
       dtype: of the activations; float32 on a CPU and bfloat16 elsewhere when None.
       dequantize: decode the packed weights once, at load: more memory, faster steps. None means on a CPU
-        only. Results are the same, since every MXFP4 and MXFP8 value is exact in both dtypes. Embeddings and output
-        projection then take ``dtype`` as well, which a step would otherwise convert whole.
+        only. Results are the same, since every MXFP4 and MXFP8 value is exact in both dtypes. Float weights then take
+        ``dtype`` as well. Embeddings and output projection take it then and on every CPU: a step would otherwise
+        convert them whole, which needs the same memory each time.
       implementation: of the packed weights' products, one of :data:`torq_jax.matmul.IMPLEMENTATIONS`; None for the
         TPU kernels on a TPU (:func:`torq_jax.decoder.pack`) and for XLA elsewhere.
       kv: what generation stores keys and values in, one of :data:`torq_jax.cache.FORMATS`; ``dtype`` when None.
@@ -273,7 +274,7 @@ def load(
     outer: dict[str, Any] = {}
     for name in ("embed", "norm") if config.tie_embeddings else ("embed", "norm", "lm_head"):
         outer |= _restore_checked(directory, manifest, f"outer/{name}", own)
-    if dequantize:
+    if dequantize or on_cpu:
         outer |= {name: jnp.asarray(outer[name], dtype) for name in ("embed", "lm_head") if name in outer}
     layers = stacks[0] if len(stacks) == 1 else dict(enumerate(stacks))
     model = nnx.eval_shape(lambda: Decoder(config, held, dtype=dtype))
@@ -399,9 +400,12 @@ def check_files(directory: Path, manifest: Mapping[str, Any], part: str) -> None
 def decode_site(
     parameters: Mapping[str, Any], config: DecoderConfig, site: str, form: SiteFormat, dtype: Any
 ) -> dict[str, Any]:
-    """A site's parameters with packed weights replaced by their values in ``dtype``."""
+    """A site's parameters with its weights' values in ``dtype``, packed or float.
+
+    A step would convert weights of another float type anew: XLA does it for all layers at once, before their loop.
+    """
     if form.weights == "float":
-        return dict(parameters)
+        return dict(parameters) | {name: jnp.asarray(parameters[name], dtype) for name in SITE_WEIGHTS[site]}
     decoded = {k: v for k, v in parameters.items() if not k.endswith(("_codes", "_scales"))}
     # A plain weight keeps its own length; the rotation's padding is part of a folded one.
     stored = form.decoded().stored_features(config.site_in_features(site))
