@@ -4,12 +4,14 @@
 
 Every key and value goes through the cache, a token's own too, as in generation. Differences from the float32 cache of
 the same model are paired window by window. Models are the demo's, SmolLM2-135M-Instruct, in float and W4A4
-(``--checkpoint DIR``, or converted here by ``hadamard``, rounded to nearest).
+(``--checkpoint DIR``, or converted here by ``hadamard``, rounded to nearest). The JSON is written after
+every window, and a run that was cut off goes on from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import subprocess
@@ -107,22 +109,37 @@ def main() -> int:
         tokenizer, options.text, window=options.window, windows=options.windows
     )
     models = {"float": float_model(source), "W4A4": rounded}
+    known: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
+    resumed = known.get("text") == protocol.sha256 and known.get("window") == options.window
+    done = {
+        name: [row["window_losses"] for row in known["models"][name]] if resumed else [[] for _ in ROWS]
+        for name in models
+    }
     result: dict[str, Any] = {
-        "protocol": str(protocol),
+        "text": protocol.sha256,
+        "window": options.window,
         "settings": manifest.get("settings"),
         "machine": describe(),
-        "models": {},
     }
-    for name, model in models.items():
-        start, losses = time.monotonic(), np.full((len(windows), len(ROWS)), np.nan)
-        for column, (kv, rotated) in enumerate(ROWS):
-            each = evaluate.window_losses(model, windows, kv=kv, rotate=rotated)
-            losses[:, column] = each.mean(axis=1, dtype=np.float64)
-            print(f"{name} {kv} {rotated}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-        result["models"][name] = rows(losses, model)
-        show(name, result["models"][name])
+    for index, window in enumerate(windows):
+        start = time.monotonic()
+        for name, model in models.items():
+            for (kv, rotated), losses in zip(ROWS, done[name], strict=True):
+                if len(losses) <= index:
+                    loss = evaluate.window_losses(model, window[None], kv=kv, rotate=rotated)
+                    losses.append(float(loss.mean(dtype=np.float64)))
+        count = index + 1
+        measured = dataclasses.replace(protocol, windows=count, tokens_scored=count * (options.window - 1))
+        result["protocol"] = str(measured)
+        result["models"] = {
+            name: rows(np.array([row[:count] for row in done[name]]).T, model)
+            for name, model in models.items()
+        }
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{protocol}")
+        print(f"window {count}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    for name in models:
+        show(name, result["models"][name])
+    print(f"\n{result['protocol']}")
     return 0
 
 

@@ -220,15 +220,15 @@ def fold_values(model: Decoder) -> Decoder:
             continue
         read: Any = stack.attn_in
         out: Any = stack.attn_out
-        read.v = nnx.Param(_fold(read.v[...], heads, -2))
+        read.v = nnx.Param(_fold(read.weight("v"), heads, -2))
         if hasattr(read, "v_bias"):
             read.v_bias = nnx.Param(_fold(read.v_bias[...][..., None], heads, -2)[..., 0])
-        out.o = nnx.Param(_fold(out.o[...], model.config.num_heads, -1))
+        out.o = nnx.Param(_fold(out.weight("o"), model.config.num_heads, -1))
         stack.values_rotated = True
     return model
 
 
-def _fold(weight: Array, heads: int, axis: int) -> Array:
+def _fold(weight: Any, heads: int, axis: int) -> Array:
     """``weight [L, out, in]`` with each head along ``axis`` rotated; in float64, since it happens once."""
     wide = np.moveaxis(np.asarray(weight, np.float64), axis, -1)
     turned = wide.reshape(*wide.shape[:-1], heads, -1) @ head_rotation(wide.shape[-1] // heads)

@@ -179,19 +179,9 @@ def window_losses(
       TorqError: a token outside the vocabulary, or a format that the model cannot have.
     """
     kv = model.kv if kv is None else kv
-    c = model.config
-    check_vocabulary(windows, c.vocab_size)
+    check_vocabulary(windows, model.config.vocab_size)
     graph, state = nnx.split(model)
-
-    @jax.jit
-    def run(state: Any, tokens: Array) -> Array:
-        model = nnx.merge(graph, state)
-        head = model.embed if c.tie_embeddings else model.lm_head
-        cache = None if kv is None else model.init_cache(*tokens.shape, kv=kv, rotate=rotate)
-        hidden, _ = model.hidden(tokens, cache)
-        losses = negative_log_likelihood(hidden, tokens, model.norm[...], head[...], eps=c.norm_eps)
-        return sharding.replicate(model.partition, losses)
-
+    run = functools.partial(_window_losses, graph, kv, rotate, state)
     own = model.partition
     rows = 1 if own is None else own.batch(1)  # one on each part of a mesh's data axis
     parts = []
@@ -200,8 +190,20 @@ def window_losses(
         whole = np.concatenate(
             [part, np.repeat(part[:1], rows - len(part), axis=0)]
         )  # the last may lack some
-        parts.append(np.asarray(run(state, sharding.put(own, whole, "batch", None)))[: len(part)])
+        parts.append(np.asarray(run(sharding.put(own, whole, "batch", None)))[: len(part)])
     return np.concatenate(parts)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _window_losses(
+    graph: Any, kv: str | None, rotate: bool | None, state: Any, tokens: Int32[Array, "b t"]
+) -> Float[Array, "b t-1"]:
+    model: Decoder = nnx.merge(graph, state)
+    head = model.embed if model.config.tie_embeddings else model.lm_head
+    cache = None if kv is None else model.init_cache(*tokens.shape, kv=kv, rotate=rotate)
+    hidden, _ = model.hidden(tokens, cache)
+    losses = negative_log_likelihood(hidden, tokens, model.norm[...], head[...], eps=model.config.norm_eps)
+    return sharding.replicate(model.partition, losses)
 
 
 def read_windows(
