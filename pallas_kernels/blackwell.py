@@ -90,15 +90,19 @@ def _accumulators(tiles: Tiles) -> int:
     return 2 if tiles.columns == 128 else 1
 
 
-def _kernel(*refs: Any, plgpu: Any, tiles: Tiles) -> None:
-    """Tiles of ``out [splits, M, N]``, one after another in each block."""
-    a_gmem, sa_gmem, b_gmem, sb_gmem, out_gmem = refs[:5]
-    a_smem, sa_smem, b_smem, sb_smem, out_smem, total_tmem, sa_tmem, sb_tmem = refs[5:13]
-    filled, emptied, multiplied, stored = refs[13:]
+def _kernel(*refs: Any, plgpu: Any, tiles: Tiles, outputs: int) -> None:
+    """Tiles of ``out [splits, M, N]``, one after another in each block.
+
+    Weights of several layers stand one below the other, ``outputs`` rows each; ``layer_gmem`` says which.
+    """
+    a_gmem, sa_gmem, b_gmem, sb_gmem, layer_gmem, out_gmem = refs[:6]
+    a_smem, sa_smem, b_smem, sb_smem, out_smem, total_tmem, sa_tmem, sb_tmem = refs[6:14]
+    filled, emptied, multiplied, stored = refs[14:]
     columns, stages, splits = tiles
     group = lax.axis_index("wg")
     steps = a_gmem.shape[1] // BLACKWELL_STEP // splits
-    tiles_m, tiles_n = a_gmem.shape[0] // _ROWS, b_gmem.shape[0] // columns
+    tiles_m, tiles_n = a_gmem.shape[0] // _ROWS, outputs // columns
+    above = layer_gmem[0] * outputs
 
     @plgpu.nd_loop((tiles_m * tiles_n * splits,), collective_axes="block")
     def _(info: Any) -> None:
@@ -129,11 +133,12 @@ def _kernel(*refs: Any, plgpu: Any, tiles: Tiles) -> None:
                         step = split * steps + k
                         features = pl.ds(step * BLACKWELL_STEP, BLACKWELL_STEP)
                         scales = pl.ds(step * 2, 2)
+                        chunks, chunk = columns // 128, lax.div(above, 128)
                         for source, target in (
                             (a_gmem.at[pl.ds(m * _ROWS, _ROWS), features], a_smem),
-                            (b_gmem.at[pl.ds(n * columns, columns), features], b_smem),
+                            (b_gmem.at[pl.ds(above + n * columns, columns), features], b_smem),
                             (sa_gmem.at[pl.ds(m, 1), scales], sa_smem),
-                            (sb_gmem.at[pl.ds(n * (columns // 128), columns // 128), scales], sb_smem),
+                            (sb_gmem.at[pl.ds(chunk + n * chunks, chunks), scales], sb_smem),
                         ):
                             plgpu.copy_gmem_to_smem(source, target.at[at], filled.at[at])
 
@@ -185,7 +190,9 @@ def _kernel(*refs: Any, plgpu: Any, tiles: Tiles) -> None:
 
 
 def _decoded(operand: BlackwellOperand) -> Any:
-    rows, features = operand.values.shape
+    *layers, rows, features = operand.values.shape
+    if layers:
+        return jax.vmap(_decoded)(operand)
     scales = unswizzle_scales(lax.bitcast_convert_type(operand.scales, jnp.uint8)).astype(jnp.int32)
     pairs = lax.bitcast_convert_type(operand.values.reshape(rows, -1, 2), jnp.uint8).astype(jnp.int32)
     code = jnp.stack([pairs & 15, pairs >> 4], -1).reshape(rows, -1, BLOCK)
@@ -198,6 +205,7 @@ def matmul(
     weight: BlackwellOperand,
     *,
     dtype: Any = jnp.bfloat16,
+    layer: Any = None,
     tiles: Tiles | None = None,
     cores: int = CORES,
     interpret: Any = None,
@@ -207,6 +215,7 @@ def matmul(
     Args:
       x, weight: ``[M, K]`` and ``[N, K]``, from :func:`pallas_kernels.layout.to_blackwell`.
       dtype: of the result, bfloat16 or float32.
+      layer: None, or the index into a weight whose arrays have a leading axis: nothing is copied.
       tiles: sizes to work in, None for :func:`choose`.
       cores: multiprocessors that share the tiles.
       interpret: None, or ``InterpretGPUParams`` to run on a CPU what of it can run there.
@@ -219,7 +228,7 @@ def matmul(
       ValueError: a dtype or sizes that do not fit, or tiles that need more shared memory than there is.
     """
     plgpu = require()
-    (rows, size), (outputs, full) = x.values.shape, weight.values.shape
+    (rows, size), (outputs, full) = x.values.shape, weight.values.shape[-2:]
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"a result of {jnp.dtype(dtype)} cannot be made: must be bfloat16 or float32")
     if size != full:
@@ -247,7 +256,7 @@ def matmul(
         a, b = (_decoded(operand) for operand in (x, weight))
         four = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     y = plgpu.kernel(
-        functools.partial(_kernel, plgpu=plgpu, tiles=tiles),
+        functools.partial(_kernel, plgpu=plgpu, tiles=tiles, outputs=outputs),
         out_type=jax.ShapeDtypeStruct((tiles.splits, rows, outputs), result),
         grid=(min(cores, count),),
         grid_names=("block",),
@@ -270,18 +279,24 @@ def matmul(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
         kernel_name="torq_blackwell_matmul",
-    )(a, x.scales, b, weight.scales)
+    )(
+        a,
+        x.scales,
+        b.reshape(-1, full),
+        weight.scales.reshape(-1, *weight.scales.shape[-3:]),
+        portable.layer_index(layer),
+    )
     return (y[0] if tiles.splits == 1 else y.sum(0)).astype(dtype)
 
 
 def rotate_quantize(
-    x: Float[Array, "m k"], inter: Any = None, intra: Any = None, *, rule: Rule, interpret: Any = False
+    x: Float[Array, "m k"], inter: Any = None, intra: Any = None, *, rule: Rule, **options: Any
 ) -> BlackwellOperand:
     """Rotated activations as an operand, by :func:`pallas_kernels.portable.rotate_quantize_swizzled`.
 
     Arguments and errors as there; rows are filled up to 128.
     """
-    codes, scales = portable.rotate_quantize_swizzled(x, inter, intra, rule=rule, interpret=interpret)
+    codes, scales = portable.rotate_quantize_swizzled(x, inter, intra, rule=rule, **options)
     values = lax.bitcast_convert_type(codes, jnp.float4_e2m1fn).reshape(codes.shape[0], -1)
     return BlackwellOperand(values, lax.bitcast_convert_type(scales, jnp.float8_e8m0fnu))
 
@@ -293,6 +308,8 @@ def rotate_quantize_matmul(
     weight: BlackwellOperand,
     *,
     rule: Rule | None,
+    rotation: portable.Rotation | None = None,
+    layer: Any = None,
     tiles: Tiles | None = None,
     cores: int = CORES,
     interpret: Any = None,
@@ -303,6 +320,8 @@ def rotate_quantize_matmul(
       x: ``[M, K]`` bfloat16 or float32, any M from 1.
       inter, intra: None, or as ``torq_jax.TwoLevelRotation`` has them, in any of its shapes.
       weight, tiles, cores, interpret: as in :func:`matmul`.
+      rotation: from ``portable.prepare_rotation``, in place of inter and intra.
+      layer: None, or the index into a weight and a rotation that have a leading axis.
       rule: scale rule of the activations.
 
     Returns:
@@ -316,6 +335,11 @@ def rotate_quantize_matmul(
             "sm_100's block-scaled product takes MXFP4 activations: name a scale rule, or use "
             "implementation='portable'"
         )
-    rounded = rotate_quantize(x, inter, intra, rule=rule, interpret=interpret is not None)
-    product = matmul(rounded, weight, dtype=x.dtype, tiles=tiles, cores=cores, interpret=interpret)
+    interpreted = interpret is not None
+    rounded = rotate_quantize(
+        x, inter, intra, rule=rule, rotation=rotation, layer=layer, interpret=interpreted
+    )
+    product = matmul(
+        rounded, weight, dtype=x.dtype, layer=layer, tiles=tiles, cores=cores, interpret=interpret
+    )
     return product[: x.shape[0]]

@@ -35,6 +35,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import elements, portable
 from pallas_kernels.layout import BLOCK, HOPPER_ROWS, HOPPER_STEP, HopperWeight, hopper_code
+from pallas_kernels.portable import Rotation, layer_index
 from pallas_kernels.reference import Rule
 
 LEAST_JAX = (0, 12)
@@ -167,20 +168,27 @@ def _kernel(
     words_gmem: Any,
     exponents_gmem: Any,
     factor_gmem: Any,
+    layer_gmem: Any,
     out_gmem: Any,
     out_smem: Any,
     weight_smem: Any,
     *,
     plgpu: Any,
     tiles: Tiles,
+    outputs: int,
 ) -> None:
-    """Tiles of ``out [1, M, N]``, or ``[splits, N, M]`` of sums that are parts, one after another in each block."""
+    """Tiles of ``out [1, M, N]``, or ``[splits, N, M]`` of sums that are parts, one after another in each block.
+
+    Weights of several layers stand one below the other, ``outputs`` rows each; ``layer_gmem`` says which.
+    """
     tokens, splits = tiles.tokens, tiles.splits
     row = plgpu.Layout.WGMMA.reduce(1)
     group = lax.axis_index("wg")
     mine = pl.ds(group * _HALF, _HALF)
     steps = x_gmem.shape[1] // HOPPER_STEP // splits
-    tiles_m, tiles_n = x_gmem.shape[0] // tokens, words_gmem.shape[0] // HOPPER_ROWS
+    tiles_m, tiles_n = x_gmem.shape[0] // tokens, outputs // HOPPER_ROWS
+    layer = layer_gmem[0]
+    above, exponents_above = layer * outputs, layer * (x_gmem.shape[1] // BLOCK)
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
     def pipeline(body: Any, context: Any) -> Any:
@@ -225,22 +233,22 @@ def _kernel(
             # Tiles of the same outputs come together: their weight is then in the L2 cache.
             rest, m = lax.div(info.index[0], tiles_m), lax.rem(info.index[0], tiles_m)
             n, split = lax.div(rest, splits), lax.rem(rest, splits)
-            outputs, rows = pl.ds(n * HOPPER_ROWS, HOPPER_ROWS), pl.ds(m * tokens, tokens)
+            here, rows = pl.ds(n * HOPPER_ROWS, HOPPER_ROWS), pl.ds(m * tokens, tokens)
 
             def context(run: Any) -> None:
                 @functools.partial(pl.run_scoped, total_ref=plgpu.ACC((_HALF, tokens), jnp.float32))
                 def _(total_ref: Any) -> None:
                     run(total_ref)
                     factor = plgpu.load(
-                        factor_gmem.at[pl.ds(n * HOPPER_ROWS + group * _HALF, _HALF)], layout=row
+                        factor_gmem.at[pl.ds(above + n * HOPPER_ROWS + group * _HALF, _HALF)], layout=row
                     )
                     y = total_ref[...] * lax.broadcast_in_dim(factor, (_HALF, tokens), (0,))
                     y = y.astype(out_smem.dtype)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    target = out_gmem.at[split, outputs, rows].at[mine]
+                    target = out_gmem.at[split, here, rows].at[mine]
                     if splits == 1:
                         out_smem.at[group].transpose((1, 0))[...] = y
-                        target = out_gmem.at[split, rows, outputs].at[:, mine]
+                        target = out_gmem.at[split, rows, here].at[:, mine]
                     else:
                         out_smem[group] = y
                     plgpu.commit_smem()
@@ -248,8 +256,16 @@ def _kernel(
 
             first = split * steps
             pipeline(body, context)(
-                words_gmem.at[outputs, pl.ds(first * _SLAB, steps * _SLAB)],
-                exponents_gmem.at[pl.ds(first * HOPPER_STEP // BLOCK, steps * HOPPER_STEP // BLOCK), outputs],
+                words_gmem.at[
+                    pl.ds(above + n * HOPPER_ROWS, HOPPER_ROWS), pl.ds(first * _SLAB, steps * _SLAB)
+                ],
+                exponents_gmem.at[
+                    pl.ds(
+                        exponents_above + first * HOPPER_STEP // BLOCK,
+                        steps * HOPPER_STEP // BLOCK,
+                    ),
+                    here,
+                ],
                 x_gmem.at[rows, pl.ds(first * HOPPER_STEP, steps * HOPPER_STEP)],
                 allocations=allocations,
             )
@@ -263,6 +279,7 @@ def matmul(
     weight: HopperWeight,
     *,
     dtype: Any = jnp.bfloat16,
+    layer: Any = None,
     tiles: Tiles | None = None,
     cores: int = CORES,
     interpret: Any = None,
@@ -273,6 +290,7 @@ def matmul(
       x: ``[M, K]`` bfloat16, any M from 1.
       weight: from :func:`pallas_kernels.layout.to_hopper`.
       dtype: of the result, bfloat16 or float32.
+      layer: None, or the index into a weight whose arrays have a leading axis: nothing is copied.
       tiles: sizes to work in, None for :func:`choose`.
       cores: multiprocessors that share the tiles.
       interpret: None, or ``InterpretGPUParams`` to run on a CPU.
@@ -286,7 +304,7 @@ def matmul(
     """
     plgpu = require()
     rows, size = x.shape
-    outputs, full = weight.words.shape[0], weight.words.shape[1] * 4
+    outputs, full = weight.words.shape[-2], weight.words.shape[-1] * 4
     if x.dtype != jnp.bfloat16:
         raise ValueError(
             f"activations are {x.dtype}: the Hopper product takes bfloat16, cast them or use 'portable'"
@@ -322,7 +340,7 @@ def matmul(
         return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
     y = plgpu.kernel(
-        functools.partial(_kernel, plgpu=plgpu, tiles=tiles),
+        functools.partial(_kernel, plgpu=plgpu, tiles=tiles, outputs=outputs),
         out_type=jax.ShapeDtypeStruct(shape, result),
         grid=(min(cores, count),),
         grid_names=("block",),
@@ -335,7 +353,13 @@ def matmul(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
         kernel_name="torq_hopper_matmul",
-    )(x, weight.words, weight.exponents, weight.factor)
+    )(
+        x,
+        weight.words.reshape(-1, full // 4),
+        weight.exponents.reshape(-1, outputs),
+        weight.factor.reshape(-1),
+        layer_index(layer),
+    )
     y = y[0] if tiles.splits == 1 else y.sum(0).T
     return y[:rows].astype(dtype)
 
@@ -347,6 +371,8 @@ def rotate_quantize_matmul(
     weight: HopperWeight,
     *,
     rule: Rule | None,
+    rotation: Rotation | None = None,
+    layer: Any = None,
     tiles: Tiles | None = None,
     cores: int = CORES,
     interpret: Any = None,
@@ -357,6 +383,8 @@ def rotate_quantize_matmul(
       x: ``[M, K]`` bfloat16 or float32, any M from 1.
       inter, intra: None, or as ``torq_jax.TwoLevelRotation`` has them, in any of its shapes.
       weight, tiles, cores, interpret: as in :func:`matmul`.
+      rotation: from ``portable.prepare_rotation``, in place of inter and intra.
+      layer: None, or the index into a weight and a rotation that have a leading axis.
       rule: scale rule of the activations; None leaves them in bfloat16 (W4A16).
 
     Returns:
@@ -370,8 +398,7 @@ def rotate_quantize_matmul(
             "float32 activations that are not rounded to MXFP4 have no exact product on Hopper's tensor cores: cast "
             "them to bfloat16, or use implementation='portable'"
         )
-    if rule is not None or inter is not None or intra is not None:
-        z = portable.rotate_round(x, inter, intra, rule=rule, interpret=interpret is not None)
-    else:
-        z = x
-    return matmul(z, weight, dtype=x.dtype, tiles=tiles, cores=cores, interpret=interpret)
+    z = portable.rotate_round(
+        x, inter, intra, rule=rule, rotation=rotation, layer=layer, interpret=interpret is not None
+    )
+    return matmul(z, weight, dtype=x.dtype, layer=layer, tiles=tiles, cores=cores, interpret=interpret)

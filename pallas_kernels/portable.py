@@ -55,7 +55,7 @@ class Tiles(NamedTuple):
 class Rotation(NamedTuple):
     """A rotation as the activations' kernel reads it, in the dtype of the activations; from :func:`prepare_rotation`.
 
-    inter: None, or ``[B, group, 32 or 1]``: what a block takes of each block of its group, at each position or at all.
+    inter: None, or ``[B, group, 32 or 1]``: what a block takes of each of its group, at each position or at all.
     intra: None, or ``[B or 1, 32, 32]``. Of several layers, both have a leading axis.
     """
 
@@ -108,7 +108,7 @@ def _mixed_by_xla(x: Any, inter: Any, narrow: bool) -> Any:
     return y.reshape(rows, features).astype(x.dtype if narrow else jnp.float32)
 
 
-def _index(layer: Any) -> Any:
+def layer_index(layer: Any) -> Any:
     """A layer's index as kernels read it, int32 ``[1]``; None is the first."""
     return jnp.zeros((1,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
 
@@ -124,16 +124,39 @@ def _exact(dtype: Any) -> Any:
 
 # ---------------------------------------------------------------- activations
 
-_UNROLLED = 16  # blocks that are mixed without a jump, so that their loads are under way together
+
+def _multiply_add(a: Any, b: Any, c: Any, interpreted: bool) -> Any:
+    """``a * b + c`` in one instruction, which the compiler would not make of two: it could change the last bit.
+
+    Of bfloat16 operands it does not, since their product is exact in float32.
+    """
+    if interpreted:
+        return a * b + c
+    from jax.experimental.pallas import triton
+
+    (y,) = triton.elementwise_inline_asm(
+        "fma.rn.f32 $0, $1, $2, $3;",
+        args=[a, b, c],
+        constraints="=f,f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(c.shape, jnp.float32)],
+    )
+    return y
 
 
-def _mixed(x_ref: Any, inter_ref: Any, layer: Any, i: Any) -> Any:
+_UNROLLED = 8  # blocks that are mixed without a jump, so that their loads are under way together
+
+
+def _mixed(x_ref: Any, inter_ref: Any, layer: Any, i: Any, interpreted: bool) -> Any:
     """Block ``i`` of a program's after the stage between blocks: ``x_ref [M, group, 32]`` -> float32 ``[M, 32]``."""
     group = x_ref.shape[1]
+    # A row for each of x's: loaded as x is, so that no thread asks another one for it.
+    place = lax.broadcasted_iota(jnp.int32, (x_ref.shape[0], BLOCK), 1)
+    place = place if inter_ref.shape[3] > 1 else jnp.zeros_like(place)
 
     def add(g: Any, total: Any) -> Any:
-        row = inter_ref[layer, i, g, :].astype(jnp.float32)[None]  # [1, 32 or 1]
-        return total + x_ref[:, g, :].astype(jnp.float32) * row
+        row = inter_ref[layer, i, g, place].astype(jnp.float32)
+        return _multiply_add(x_ref[:, g, :].astype(jnp.float32), row, total, interpreted)
 
     def some(first: Any, count: int, total: Any) -> Any:
         for j in range(count):
@@ -149,7 +172,9 @@ def _mixed(x_ref: Any, inter_ref: Any, layer: Any, i: Any) -> Any:
     return some(whole * _UNROLLED, rest, total)
 
 
-def _activation_kernel(*refs: Any, inter: bool, intra: bool, rule: str | None, rows: int, dtype: Any) -> None:
+def _activation_kernel(
+    *refs: Any, inter: bool, intra: bool, rule: str | None, rows: int, dtype: Any, interpreted: bool
+) -> None:
     """Blocks of a program one after another: ``x [M, group, 32]`` -> values, or codes and scales.
 
     ``rows``: tiles of rows that have something in them; ``dtype``: what the second stage multiplies in.
@@ -166,7 +191,7 @@ def _activation_kernel(*refs: Any, inter: bool, intra: bool, rule: str | None, r
 
     def rotated(i: Any) -> Any:
         if inter_ref is not None:
-            z = _mixed(x_ref, inter_ref, layer, i)
+            z = _mixed(x_ref, inter_ref, layer, i, interpreted)
         else:
             z = x_ref[:, part * count + i, :].astype(jnp.float32)
         if intra_ref is not None:
@@ -211,17 +236,14 @@ def _activation_kernel(*refs: Any, inter: bool, intra: bool, rule: str | None, r
 
 
 PROGRAMS = 512
-"""Programs of the activations' kernel that a call is divided into at least, where it has as many blocks."""
+"""Programs of the activations' kernel that a call is divided into at least, where it has as many blocks. Those of one
+block have four warps, to be done sooner; others one, because of four each computes some of what the others do."""
 
 
 def blocks_of_program(row_tiles: int, blocks: int, group: int) -> int:
     """Blocks, of a group's, that a program makes: the most that leave :data:`PROGRAMS` programs, or one."""
     return next(
-        (
-            d
-            for d in range(group, 1, -1)
-            if group % d == 0 and row_tiles * (blocks // d) >= PROGRAMS
-        ),
+        (d for d in range(group, 1, -1) if group % d == 0 and row_tiles * (blocks // d) >= PROGRAMS),
         1,
     )
 
@@ -232,7 +254,7 @@ def _activations(
     layer: Any,
     rule: Rule | None,
     values: Any,
-    options: dict[str, Any],
+    interpret: Any,
     swizzled: bool = False,
 ) -> list[Any]:
     """Codes and scales, or values of the dtype ``values``: ``[M, blocks, ...]``, M filled up to a multiple of 16.
@@ -253,8 +275,8 @@ def _activations(
     full = -(-rows // BLACKWELL_ROWS) * BLACKWELL_ROWS if swizzled else x.shape[0]
     group = _largest(blocks, LEAST) if inter is None else inter.shape[-2]
     count = blocks_of_program(tiles, blocks, group)
-    parts = group // count
-    given = [x.reshape(x.shape[0], blocks // group, group, BLOCK), _index(layer)]
+    parts, options = group // count, _options(4 if count == 1 else 1, 1, interpret)
+    given = [x.reshape(x.shape[0], blocks // group, group, BLOCK), layer_index(layer)]
     in_specs = [
         pl.BlockSpec((LEAST, None, group, BLOCK), lambda m, u, h: (m, u, 0, 0)),
         pl.BlockSpec((1,), lambda m, u, h: (0,)),
@@ -293,6 +315,7 @@ def _activations(
             rule=rule,
             rows=tiles,
             dtype=dtype,
+            interpreted=bool(interpret),
         ),
         out_shape=shapes,
         grid=(full // LEAST, blocks // group, parts),
@@ -361,7 +384,7 @@ def _matmul(
         out_specs=pl.BlockSpec((row_tile, columns), lambda m, n: (m, n)),
         name="torq_portable_matmul",
         **options,
-    )(x, _index(layer), codes, scales)
+    )(x, layer_index(layer), codes, scales)
     return y[:, :outputs]
 
 
@@ -415,13 +438,13 @@ def check_weight(features: int, codes: Any, scales: Any) -> None:
         )
 
 
-def _options(tiles: Tiles, interpret: Any) -> dict[str, Any]:
+def _options(warps: int, stages: int, interpret: Any) -> dict[str, Any]:
     if interpret:
         return {"interpret": interpret}
     # Named, because from jax 0.12 on a plain call on a GPU may go to Mosaic GPU, which needs sm_90.
     from jax.experimental.pallas import triton
 
-    return {"compiler_params": triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages)}
+    return {"compiler_params": triton.CompilerParams(num_warps=warps, num_stages=stages)}
 
 
 def _rotation(x: Any, inter: Any, intra: Any, rotation: Rotation | None, rule: str | None) -> Rotation:
@@ -438,7 +461,7 @@ def _rotation(x: Any, inter: Any, intra: Any, rotation: Rotation | None, rule: s
     return rotation
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "tiles", "interpret"))
+@functools.partial(jax.jit, static_argnames=("rule", "interpret"))
 def rotate_round(
     x: Float[Array, "m k"],
     inter: Any = None,
@@ -447,7 +470,6 @@ def rotate_round(
     rule: Rule | None,
     rotation: Rotation | None = None,
     layer: Any = None,
-    tiles: Tiles = Tiles(),  # noqa: B008
     interpret: Any = False,
 ) -> Float[Array, "m k"]:
     """Rotated activations as values, for kernels that do not read codes. Arguments and errors as in
@@ -461,11 +483,11 @@ def rotate_round(
     if rule is None and prepared == (None, None):
         return x
     dtype = x.dtype if rule is None else jnp.bfloat16
-    (values,) = _activations(x, prepared, layer, rule, dtype, _options(tiles, interpret))
+    (values,) = _activations(x, prepared, layer, rule, dtype, interpret)
     return values.reshape(-1, x.shape[1])[: x.shape[0]]
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "tiles", "interpret"))
+@functools.partial(jax.jit, static_argnames=("rule", "interpret"))
 def rotate_quantize(
     x: Float[Array, "m k"],
     inter: Any = None,
@@ -474,7 +496,6 @@ def rotate_quantize(
     rule: Rule,
     rotation: Rotation | None = None,
     layer: Any = None,
-    tiles: Tiles = Tiles(),  # noqa: B008
     interpret: Any = False,
 ) -> tuple[UInt8[Array, "m k2"], UInt8[Array, "m k32"]]:
     """Rotated activations as MXFP4.
@@ -485,7 +506,6 @@ def rotate_quantize(
       rule: scale rule, "floor", "ceil" or "even".
       rotation: from :func:`prepare_rotation`, in place of inter and intra.
       layer: None, or the index into matrices of ``rotation`` that have a leading axis.
-      tiles: sizes to work in.
       interpret: as in ``pl.pallas_call``.
 
     Returns:
@@ -497,12 +517,12 @@ def rotate_quantize(
       ValueError: what :func:`check` refuses.
     """
     prepared = _rotation(x, inter, intra, rotation, rule)
-    made = _activations(x, prepared, layer, rule, None, _options(tiles, interpret))
+    made = _activations(x, prepared, layer, rule, None, interpret)
     codes, scales = (a.reshape(a.shape[0], -1)[: x.shape[0]] for a in made)
     return codes, scales
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "tiles", "interpret"))
+@functools.partial(jax.jit, static_argnames=("rule", "interpret"))
 def rotate_quantize_swizzled(
     x: Float[Array, "m k"],
     inter: Any = None,
@@ -511,7 +531,6 @@ def rotate_quantize_swizzled(
     rule: Rule,
     rotation: Rotation | None = None,
     layer: Any = None,
-    tiles: Tiles = Tiles(),  # noqa: B008
     interpret: Any = False,
 ) -> tuple[UInt8[Array, "m k2"], UInt8[Array, "m128 k128 32 16"]]:
     """:func:`rotate_quantize` for the Blackwell product: M and K filled up, scales where it reads them.
@@ -523,14 +542,14 @@ def rotate_quantize_swizzled(
       :func:`rotate_quantize` gives: M filled up to a multiple of 128, K of 256. The kernel swizzles where K is a
       multiple of 256; XLA does otherwise.
     """
-    prepared, options = _rotation(x, inter, intra, rotation, rule), _options(tiles, interpret)
+    prepared = _rotation(x, inter, intra, rotation, rule)
     if x.shape[1] % BLACKWELL_STEP:
-        codes, scales = _activations(x, prepared, layer, rule, None, options)
+        codes, scales = _activations(x, prepared, layer, rule, None, interpret)
         codes, scales = (a.reshape(a.shape[0], -1) for a in (codes, scales))
         more_m, more_k = -codes.shape[0] % BLACKWELL_ROWS, -x.shape[1] % BLACKWELL_STEP
         codes = jnp.pad(codes, ((0, more_m), (0, more_k // 2)))
         return codes, swizzle_scales(jnp.pad(scales, ((0, more_m), (0, more_k // BLOCK))))
-    codes, scales = _activations(x, prepared, layer, rule, None, options, swizzled=True)
+    codes, scales = _activations(x, prepared, layer, rule, None, interpret, swizzled=True)
     return codes.reshape(codes.shape[0], -1), scales
 
 
@@ -551,10 +570,11 @@ def rotate_quantize_matmul(
     """``round(rotate(x)) @ weight.T`` on the canonical weight, in two kernels.
 
     Args:
-      x, inter, intra, rotation, tiles, interpret: as in :func:`rotate_quantize`.
+      x, inter, intra, rotation, interpret: as in :func:`rotate_quantize`.
       codes, scales: the canonical weight, uint8 ``[N, K/2]`` and ``[N, K/32]``, any N.
       rule: scale rule of the activations; None leaves them in their dtype (W4A16).
       layer: None, or the index into a weight and a rotation that have a leading axis.
+      tiles: sizes to work in.
 
     Returns:
       ``[M, N]`` in the dtype of ``x``, products summed in float32. A row with a NaN or an infinity is NaN.
@@ -565,8 +585,8 @@ def rotate_quantize_matmul(
     check(x, inter, intra, rule)
     one = [jax.eval_shape(lambda a: a if layer is None else a[0], a) for a in (codes, scales)]
     check_weight(x.shape[1], *one)
-    z = rotate_round(
-        x, inter, intra, rule=rule, rotation=rotation, layer=layer, tiles=tiles, interpret=interpret
-    )
+    z = rotate_round(x, inter, intra, rule=rule, rotation=rotation, layer=layer, interpret=interpret)
     z = jnp.pad(z, ((0, -z.shape[0] % LEAST), (0, 0)))
-    return _matmul(z, codes, scales, layer, x.dtype, tiles, _options(tiles, interpret))[: x.shape[0]]
+    return _matmul(z, codes, scales, layer, x.dtype, tiles, _options(tiles.warps, tiles.stages, interpret))[
+        : x.shape[0]
+    ]
