@@ -242,6 +242,16 @@ def to_hopper(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"]) -> Hop
     return HopperWeight(word.reshape(scales.shape[0], -1), exponents.T, jnp.where(fits, factor, jnp.nan))
 
 
+def fits_hopper(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"]) -> bool:
+    """Whether :func:`to_hopper` holds every output exactly. Concrete arrays only."""
+    return not bool(_misfits_hopper(codes, scales))
+
+
+@jax.jit
+def _misfits_hopper(codes: Any, scales: Any) -> Any:
+    return jnp.isnan(to_hopper(codes, scales).factor).any()
+
+
 @jax.jit(static_argnames=("n", "k"))
 def from_hopper(weight: HopperWeight, n: int, k: int) -> tuple[UInt8[Array, "n k2"], UInt8[Array, "n k32"]]:
     """Codes and scales of a weight ``[n, k]``: the inverse of :func:`to_hopper`; blocks of zeros have scale 0."""

@@ -200,7 +200,8 @@ def load(
       dequantize: decode the packed weights once, at load: more memory, faster steps. None means on a CPU
         only. Results are the same, since every MXFP4 and MXFP8 value is exact in both dtypes.
       implementation: of the packed weights' products, one of :data:`torq_jax.matmul.IMPLEMENTATIONS`; None for the
-        TPU kernels on a TPU (:func:`torq_jax.decoder.pack`) and for XLA elsewhere.
+        TPU kernels on a TPU (:func:`torq_jax.decoder.pack`) and for XLA elsewhere; "gpu" for the kernels made for the
+        GPU at hand.
 
     Returns:
       The model, its tokenizer, and the manifest.

@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
-from torq_jax import mxfp4, tpu
+from torq_jax import gpu, mxfp4, tpu
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig, RopeScaling
 from torq_jax.errors import TorqError
 from torq_jax.matmul import (
@@ -32,8 +32,10 @@ from torq_jax.matmul import (
     INTERPRETED_AS,
     ActivationFormat,
     dot,
+    kernels_of,
     precision,
     prepare,
+    runner,
     select,
     unfit,
 )
@@ -179,28 +181,18 @@ class Site(nnx.Module):
         return outputs
 
     def pack(self, kind: Any, dtype: Any, implementation: str) -> None:
-        """Replace the stacked parameters by what the TPU kernels read.
+        """Replace the stacked parameters by what the kernels read.
 
         Args:
           kind: layout of the weights.
           dtype: of the activations.
-          implementation: "tpu" or "tpu_interpret".
+          implementation: of :data:`torq_jax.matmul.IMPLEMENTATIONS`, what runs kernels.
         """
         names = SITE_WEIGHTS[self.site]
-        weights = {name: self.weight(name) for name in names}
-        transform = self.rotation()
         count = getattr(self, f"{names[0]}_codes").shape[0]
-        linear = tpu.stack(
-            [
-                tpu.pack(
-                    [jax.tree.map(lambda a: a[i], weights[name]) for name in names],  # noqa: B023
-                    jax.tree.map(lambda a: a[i], transform),  # noqa: B023
-                    dtype=dtype,
-                    kind=kind,
-                )
-                for i in range(count)
-            ]
-        )
+        operands = ([self.weight(name) for name in names], self.rotation())
+        backend: Any = tpu if kernels_of(implementation) == "tpu" else gpu
+        linear = backend.pack_stack(*operands, dtype=dtype, kind=kind)
         outputs = tuple(getattr(self, f"{name}_codes").shape[-2] for name in names)
         for name in ("inter", "intra", *(f"{n}_{part}" for n in names for part in ("codes", "scales"))):
             if hasattr(self, name):
@@ -216,15 +208,7 @@ class Site(nnx.Module):
         assert self.packed is not None
         tree, outputs, implementation = self.packed
         linear = jax.tree.unflatten(tree, [getattr(self, f"packed_{i}")[...] for i in range(tree.num_leaves)])
-        interpreted = implementation == "tpu_interpret"
-        y = tpu.apply(
-            x,
-            linear,
-            self.form.activation_scale,
-            layer=self.layer[...],
-            generation=INTERPRETED_AS if interpreted else None,
-            interpret=interpreted,
-        )
+        y = runner(implementation)(x, linear, self.form.activation_scale, layer=self.layer[...])
         return jnp.split(y, np.cumsum(outputs)[:-1].tolist(), axis=-1)
 
     def rotation(self) -> TwoLevelRotation | None:
@@ -246,7 +230,7 @@ class Site(nnx.Module):
 
 
 class _Packed(NamedTuple):
-    """What is static of a site that the TPU kernels run."""
+    """What is static of a site that kernels run."""
 
     tree: Any
     outputs: tuple[int, ...]
@@ -496,7 +480,7 @@ def fill(model: Decoder, parameters: Mapping[str, Any]) -> Decoder:
 
 
 def pack(model: Decoder, implementation: str | None = None) -> Decoder:
-    """``model`` with its MXFP4 sites in the layout of the TPU kernels, where these can run them.
+    """``model`` with its MXFP4 sites in the layout of a TPU's or GPU's kernels, where these can run them.
 
     A site that they cannot run (another format, a scale rule that one pass cannot apply, scales of one output too far
     apart) stays as it is, for XLA; the log says which and why.
@@ -504,19 +488,15 @@ def pack(model: Decoder, implementation: str | None = None) -> Decoder:
     Args:
       model: with packed weights; it is changed.
       implementation: None for the kernels on a TPU and for XLA elsewhere; or one of
-        :data:`torq_jax.matmul.IMPLEMENTATIONS` that a decoder has.
+        :data:`torq_jax.matmul.IMPLEMENTATIONS`.
 
     Raises:
-      TorqError: an implementation that does not exist, cannot run here or has no form for a decoder.
+      TorqError: an implementation that does not exist or cannot run here.
     """
     chosen = select(implementation)
     if chosen == "xla":
         return model
-    if chosen not in ("tpu", "tpu_interpret"):
-        raise TorqError(
-            f"implementation {chosen!r} runs single products only, by torq_jax.matmul: a decoder runs on xla, tpu or "
-            "tpu_interpret"
-        )
+    kernels = kernels_of(chosen)
     generation = INTERPRETED_AS if chosen == "tpu_interpret" else None
     left: dict[str, str] = {}
     for stack in model.stacks():
@@ -527,7 +507,10 @@ def pack(model: Decoder, implementation: str | None = None) -> Decoder:
             weights = [site.weight(weight) for weight in SITE_WEIGHTS[name]]
             reason = unfit(weights[0], site.form.activation_scale, site.form.activations)
             kind = None
-            if reason is None:
+            if reason is None and kernels != "tpu":
+                reason = gpu.unfit(kernels, site.form.activation_scale, model.dtype, weights)
+                kind = kernels if reason is None else None
+            elif reason is None:
                 each = [jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), weight) for weight in weights]
                 kind = tpu.best_kind(each, generation)
                 reason = "scales of an output are too far apart for their layout"
@@ -536,7 +519,8 @@ def pack(model: Decoder, implementation: str | None = None) -> Decoder:
             else:
                 site.pack(kind, model.dtype, chosen)
     for name, reason in left.items():
-        _log.warning("site %s runs as XLA compiles it, not on the TPU kernels: %s", name, reason)
+        title = "TPU" if kernels == "tpu" else kernels
+        _log.warning("site %s runs as XLA compiles it, not on the %s kernels: %s", name, title, reason)
     return model
 
 
