@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels import blackwell, hopper, layout, reference
 from tests.test_gpu_kernels import operands
 from tests.test_portable_kernels import BF16, F32, check_product, exact_case
-from torq_jax import mxfp4
+from torq_jax import gpu, mxfp4
 
 
 def interpreted(**options):
@@ -64,3 +64,9 @@ def test_blackwell_tiles_copies_and_barriers_are_right(m, k, n, tiles):
     )
     assert bool((jnp.abs(y[:m, :n] - want) <= k * 2.0**-24 * size).all())
     assert not races()
+
+
+@pytest.mark.parametrize("kind", ["hopper", "blackwell"])
+def test_what_is_tried_on_a_device_at_first_use_is_right_here(kind):
+    """Packed sites of two layers, each read by its index; of Blackwell's kernel what a CPU can run."""
+    gpu.check(kind, interpret=True)

@@ -278,22 +278,28 @@ def check(kind: Kind, *, interpret: bool = False) -> None:
 def check_operands(
     rows: int, features: int, outputs: int, group: int
 ) -> tuple[Any, list[MXFP4Array], list[TwoLevelRotation]]:
-    """Activations bfloat16, weights and rotations of two layers: integers and few quarters.
+    """Activations bfloat16, weights and rotations of two layers: small integers times powers of two.
 
-    Every sum of their products is exact in float32, in any order.
+    Scales differ from row to row and from block to block, so that one read for another shows. The magnitudes of an
+    output's products add up to less than 2**20 times the least, so every sum is exact in float32, in any order.
     """
     rng = np.random.default_rng(rows)
     blocks = features // layout.BLOCK
 
     def sparse(*shape: int) -> Any:
         few = rng.random(shape) < min(1, 4 / shape[-1])
-        return jnp.asarray(rng.integers(-2, 3, shape) / 4 * few, jnp.float32)
+        return rng.integers(-2, 3, shape) / 4 * few
+
+    def powers(most: int, *shape: int) -> Any:
+        return 2.0 ** rng.integers(0, most + 1, shape)
 
     x = jnp.asarray(rng.integers(-40, 41, (rows, features)), jnp.bfloat16)
     weights, transforms = [], []
     for _ in range(2):
-        w = rng.integers(-12, 13, (outputs, features)) * 2.0 ** rng.integers(-2, 3, (outputs, 1))
+        w = rng.integers(-12, 13, (outputs, blocks, layout.BLOCK)) * powers(2, outputs, blocks, 1)
+        w = (w * powers(4, outputs, 1, 1) / 4).reshape(outputs, features)
         weights.append(mxfp4.quantize(jnp.asarray(w, jnp.float32), "even"))
-        inter = sparse(layout.BLOCK, blocks // group, group, group)
-        transforms.append(TwoLevelRotation(inter, sparse(blocks, layout.BLOCK, layout.BLOCK), features))
+        inter = jnp.asarray(sparse(layout.BLOCK, blocks // group, group, group), jnp.float32)
+        intra = jnp.asarray(sparse(blocks, layout.BLOCK, layout.BLOCK) * powers(1, blocks, 1, 1), jnp.float32)
+        transforms.append(TwoLevelRotation(inter, intra, features))
     return x, weights, transforms
