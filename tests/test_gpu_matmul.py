@@ -69,17 +69,30 @@ def test_an_old_jax_is_an_error_by_name_and_said_without(device, monkeypatch, ca
 
 
 def test_nothing_uses_kernels_that_compute_something_else_on_a_device(device, monkeypatch):
-    right = portable.rotate_quantize_matmul
+    right, factor = portable.rotate_quantize_matmul, 1
 
-    def wrong(*args, interpret, **options):
-        return right(*args, interpret=True, **options).at[1, 7].multiply(2)
+    def kernel(*args, interpret, **options):
+        return right(*args, interpret=True, **options).at[1, 7].multiply(factor)
 
-    monkeypatch.setattr(portable, "rotate_quantize_matmul", wrong)
-    checked = gpu._checked.__wrapped__  # without what another test left in its cache
-    device((8, 0), checked)
+    monkeypatch.setattr(portable, "rotate_quantize_matmul", kernel)
+    monkeypatch.setattr(gpu, "CHECKED", gpu.CHECKED[:1])
+    device((8, 0), gpu._checked.__wrapped__)  # without what another test left in its cache
+    x, weights, transform = site()
+
+    @jax.jit
+    def traced(x):
+        return matmul(x, weights[0], transform, activation_scale="even", implementation="gpu")
+
+    assert traced(x).shape == (2, 5, 40)  # tried in the middle of tracing
+    factor = 2
     with pytest.raises(
         TorqError,
         match=r"portable kernels are wrong on this device: 1 of 1152 products .* implementation='xla'",
+    ):
+        select("gpu")
+    monkeypatch.setattr(portable, "rotate_quantize_matmul", lambda *_, **__: 1 // 0)
+    with pytest.raises(
+        TorqError, match=r"portable kernels do not run on this device: integer division .*'xla'"
     ):
         select("gpu")
 

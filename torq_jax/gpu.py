@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -238,14 +239,24 @@ def _dotted(version: tuple[int, int] | None) -> str:
 
 @functools.cache
 def _checked(kind: Kind) -> None:
-    """:func:`check` once a process; in time of tracing, too."""
-    with jax.ensure_compile_time_eval():
-        check(kind)
+    """:func:`check` once a process.
+
+    In a thread of its own, which runs what it is given even while this one traces a function that the kernels are to
+    be part of. (``jax.ensure_compile_time_eval`` cannot: it would evaluate the kernels' own code as well.)
+    """
+    with ThreadPoolExecutor(1) as thread:
+        tried = thread.submit(check, kind)
+    error = tried.exception()
+    if error is not None and not isinstance(error, TorqError):
+        raise TorqError(
+            f"the {kind} kernels do not run on this device: {error}; use implementation='xla', and please report this"
+        ) from error
+    tried.result()
     _log.info("the %s kernels computed %d small products right", kind, len(CHECKED))
 
 
 # rows, features, outputs, group
-CHECKED = ((3, 1024, 384, 4), (200, 512, 256, 16))
+CHECKED = ((3, 2048, 384, 4), (200, 512, 256, 16))
 """Products that the kernels are tried on: K in parts and in one, a filled and an unfilled tile, two layers."""
 
 
