@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pallas_kernels.tiles import GPU, GPUS
+
 PATIENCE = 150
 """Seconds that a compilation may take."""
 
@@ -35,16 +37,14 @@ class Target(NamedTuple):
     capability: tuple[int, int]
     accelerated: bool
     """Whether its code is for this capability alone, as wgmma and tcgen05 need."""
+    memory: int
+    """Bytes."""
     cores: int
     shared: int
-    """Bytes of shared memory that a block of threads may take."""
-    memory: int
     bandwidth: float
-    """Bytes a second."""
     clock: float
-    """Cycles a second, such that the tensor cores give the published peak."""
     multiply_adds: int
-    """A cycle and multiprocessor: of bfloat16, on b200 of 4-bit values."""
+    """These as in :class:`pallas_kernels.tiles.GPU`."""
 
     @property
     def architecture(self) -> str:
@@ -52,19 +52,14 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    "a100": Target("NVIDIA A100-SXM4-80GB", (8, 0), False, 108, 166912, 80 << 30, 2.04e12, 1.41e9, 1024),
-    "h100": Target("NVIDIA H100 80GB HBM3", (9, 0), True, 132, 232448, 80 << 30, 3.35e12, 1.83e9, 2048),
-    "b200": Target("NVIDIA B200", (10, 0), True, 148, 232448, 180 << 30, 8.0e12, 1.85e9, 16384),
+    "a100": Target(
+        *("NVIDIA A100-SXM4-80GB", (8, 0), False, 80 << 30), *GPU(108, 166912, 2.04e12, 1.41e9, 1024)
+    ),
+    "h100": Target("NVIDIA H100 80GB HBM3", (9, 0), True, 80 << 30, *GPUS["hopper"]),
+    "b200": Target("NVIDIA B200", (10, 0), True, 180 << 30, *GPUS["blackwell"]),
     "rtx6000": Target(
-        "NVIDIA RTX PRO 6000 Blackwell Server Edition",
-        (12, 0),
-        False,
-        188,
-        101376,
-        96 << 30,
-        1.6e12,
-        2.45e9,
-        512,
+        *("NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0), False, 96 << 30),
+        *GPU(188, 101376, 1.6e12, 2.45e9, 512),
     ),
 }
 

@@ -28,6 +28,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels import elements, portable
+from pallas_kernels import tiles as tiling
 from pallas_kernels.hopper import require
 from pallas_kernels.layout import (
     BLACKWELL_ROWS,
@@ -38,10 +39,11 @@ from pallas_kernels.layout import (
 )
 from pallas_kernels.reference import Rule
 
-CORES = 148
+_GPU = tiling.GPUS["blackwell"]
+CORES = _GPU.cores
 """Multiprocessors of a B200; a call may name others."""
 
-SHARED_MEMORY = 232448
+SHARED_MEMORY = _GPU.shared
 """Bytes of shared memory that a block of threads may take on sm_100."""
 
 _ROWS = BLACKWELL_ROWS
@@ -60,29 +62,51 @@ class Tiles(NamedTuple):
     splits: int = 1
 
 
-def choose(rows: int, k: int, n: int, cores: int = CORES, width: int = 2) -> Tiles:
-    """Tiles for a call: K split until there are as many tiles as multiprocessors, as many steps in flight as fit.
+def candidates(rows: int, k: int, n: int, width: int = 2) -> list[Tiles]:
+    """Tiles worth trying, with as many steps in flight as fit, up to five.
 
-    ``width``: bytes of an element of the result. A choice by reasoning, not by measurements.
+    ``width``: bytes of an element of the result.
     """
-    steps, high = -(-k // BLACKWELL_STEP), -(-rows // _ROWS)
-    wide = 256 if n % 256 == 0 and high * (n // 256) >= cores else 128
-    tiles, splits = high * -(-n // wide), 1
-    # Parts are written and read in float32: not for many rows.
-    while (
-        high == 1 and tiles * splits * 2 <= cores and steps % (splits * 2) == 0 and steps // (splits * 2) >= 2
-    ):
-        splits *= 2
-    stages = min(5, steps // splits)
-    while shared_memory(Tiles(wide, stages, splits), width) > SHARED_MEMORY:
-        stages -= 1
-    return Tiles(wide, stages, splits)
+    found = []
+    for columns in (256, 128):
+        if n % columns:
+            continue
+        fits = lambda splits, stages: shared_memory(Tiles(columns, stages, splits), width) <= SHARED_MEMORY  # noqa: E731, B023
+        cuts = tiling.cuts_of_k(rows, k, BLACKWELL_STEP, fits)
+        found += [Tiles(columns, stages, splits) for splits, stages in cuts]
+    return found
+
+
+def work(tiles: Tiles, rows: int, k: int, n: int) -> tiling.Work:
+    """What a call with these tiles has to do."""
+    steps, splits = -(-k // BLACKWELL_STEP), tiles.splits
+    parts = 2 * 4 * splits if splits > 1 else 0  # written, and read by XLA
+    return tiling.Work(
+        tiles=-(-rows // _ROWS) * (n // tiles.columns) * splits,
+        steps=steps // splits,
+        loaded=_step_bytes(tiles.columns),
+        cycles=_ROWS * tiles.columns * BLACKWELL_STEP / _GPU.multiply_adds,
+        moved=(k * n + rows * k) * 4.25 / 8 + (2 + parts) * rows * n,
+        summed=splits > 1,
+        drained=False,
+    )
+
+
+@functools.cache
+def choose(rows: int, k: int, n: int, cores: int = CORES, width: int = 2) -> Tiles:
+    """The candidate with the least time by counting: :func:`pallas_kernels.tiles.counted_us`."""
+    works = {tiles: work(tiles, rows, k, n) for tiles in candidates(rows, k, n, width)}
+    return tiling.least(_GPU._replace(cores=cores), works)
+
+
+def _step_bytes(columns: int) -> int:
+    """Codes and scales of 256 features, of activations and weights."""
+    return (_ROWS + columns) * (BLACKWELL_STEP // 2 + _SCALES)
 
 
 def shared_memory(tiles: Tiles, width: int = 2) -> int:
     """Bytes of shared memory of a call, but for a few barriers."""
-    step = (_ROWS + tiles.columns) * (BLACKWELL_STEP // 2 + _SCALES)
-    return tiles.stages * step + 2 * _ROWS * _PART * (4 if tiles.splits > 1 else width)
+    return tiles.stages * _step_bytes(tiles.columns) + 2 * _ROWS * _PART * (4 if tiles.splits > 1 else width)
 
 
 def _accumulators(tiles: Tiles) -> int:

@@ -18,7 +18,8 @@ one, every one of 32 to 112 tiles of outputs would do it again, and rounding 16 
 instructions as decoding a tile's weights does. It writes rounded values as bfloat16, not codes: their bytes matter
 little beside the weight's, and no tile decodes them again.
 
-With few tokens and few outputs there are fewer tiles than multiprocessors: K is split, and XLA adds the parts.
+With few tokens and few outputs there are fewer tiles than multiprocessors: K is split, and XLA adds the parts, where
+that takes less time by counting (:func:`choose`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels import elements, portable
+from pallas_kernels import tiles as tiling
 from pallas_kernels.layout import BLOCK, HOPPER_ROWS, HOPPER_STEP, HopperWeight, hopper_code
 from pallas_kernels.portable import Rotation, layer_index
 from pallas_kernels.reference import Rule
@@ -41,10 +43,11 @@ from pallas_kernels.reference import Rule
 LEAST_JAX = (0, 12)
 """The kernels use the names that Mosaic GPU has from this version of jax on."""
 
-CORES = 132
+_GPU = tiling.GPUS["hopper"]
+CORES = _GPU.cores
 """Multiprocessors of an H100 SXM, an H200 and a GH200; a call may name others."""
 
-SHARED_MEMORY = 232448
+SHARED_MEMORY = _GPU.shared
 """Bytes of shared memory that a block of threads may take on sm_90."""
 
 _HALF = HOPPER_ROWS // 2  # outputs of a warpgroup
@@ -59,31 +62,56 @@ class Tiles(NamedTuple):
     splits: int = 1
 
 
-def choose(rows: int, k: int, n: int, cores: int = CORES) -> Tiles:
-    """Tiles for a call: as few tokens as hold the rows, K split until there are as many tiles as multiprocessors.
+_STEP_CYCLES = (
+    2 * 375
+)  # 8 warps on 4 schedulers; the inner loop as benchmarks.gpu_static finds it, 364 to 383
 
-    A choice by reasoning, not by measurements.
-    """
-    tokens = next((t for t in (8, 16, 32, 64) if rows <= t), 128)
-    tiles = -(-rows // tokens) * -(-n // HOPPER_ROWS)
-    steps = -(-k // HOPPER_STEP)
-    splits = 1
-    # Parts are written and read in float32: not for many rows.
-    while (
-        rows <= 64
-        and tiles * splits * 2 <= cores
-        and steps % (splits * 2) == 0
-        and steps // (splits * 2) >= 4
-    ):
-        splits *= 2
-    stages = 2 if tokens == 128 else 3 if tokens == 64 else 5
-    return Tiles(tokens, max(1, min(stages, steps // splits)), splits)
+
+def candidates(rows: int, k: int, n: int) -> list[Tiles]:
+    """Tiles worth trying: no more tokens than hold the rows, as many steps in flight as fit, up to five."""
+    found = []
+    for tokens in (128, 64, 32, 16, 8):
+        if tokens > 8 and rows <= tokens // 2:
+            continue
+        # With results in float32: those in bfloat16 leave room to spare.
+        fits = lambda splits, stages: shared_memory(Tiles(tokens, stages, splits), 4) <= SHARED_MEMORY  # noqa: E731, B023
+        cuts = tiling.cuts_of_k(rows, k, HOPPER_STEP, fits)
+        found += [Tiles(tokens, stages, splits) for splits, stages in cuts]
+    return found
+
+
+def work(tiles: Tiles, rows: int, k: int, n: int) -> tiling.Work:
+    """What a call with these tiles has to do."""
+    steps, tokens, splits = -(-k // HOPPER_STEP), tiles.tokens, tiles.splits
+    parts = 2 * 4 * splits if splits > 1 else 0  # written, and read by XLA
+    return tiling.Work(
+        tiles=-(-rows // tokens) * -(-n // HOPPER_ROWS) * splits,
+        steps=steps // splits,
+        loaded=_step_bytes(tokens),
+        cycles=max(_STEP_CYCLES, tokens * HOPPER_ROWS * HOPPER_STEP / _GPU.multiply_adds),
+        moved=k * n * 4.25 / 8 + 2 * rows * k + (2 + parts) * rows * n,
+        summed=splits > 1,
+        drained=True,
+    )
+
+
+@functools.cache
+def choose(rows: int, k: int, n: int, cores: int = CORES) -> Tiles:
+    """The candidate with the least time by counting: :func:`pallas_kernels.tiles.counted_us`."""
+    works = {tiles: work(tiles, rows, k, n) for tiles in candidates(rows, k, n)}
+    return tiling.least(_GPU._replace(cores=cores), works)
 
 
 def shared_memory(tiles: Tiles, width: int = 2) -> int:
     """Bytes of shared memory of a call, but for a few barriers."""
-    step = HOPPER_ROWS * _SLAB * 2 + HOPPER_STEP // BLOCK * HOPPER_ROWS + tiles.tokens * HOPPER_STEP * 2
-    return tiles.stages * step + HOPPER_ROWS * tiles.tokens * (4 if tiles.splits > 1 else width)
+    return tiles.stages * _step_bytes(tiles.tokens) + HOPPER_ROWS * tiles.tokens * (
+        4 if tiles.splits > 1 else width
+    )
+
+
+def _step_bytes(tokens: int) -> int:
+    """Words, exponents and activations of 256 features."""
+    return HOPPER_ROWS * _SLAB * 2 + HOPPER_STEP // BLOCK * HOPPER_ROWS + tokens * HOPPER_STEP * 2
 
 
 def require() -> Any:
