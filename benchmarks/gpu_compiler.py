@@ -69,8 +69,8 @@ class Call:
     """What to compile."""
 
     operation: str
-    """'portable', 'rotate' (the portable kernel of the activations; its scales swizzled on b200), 'hopper' or
-    'blackwell'."""
+    """'portable', 'rotate' (the portable kernel of the activations; its scales swizzled on b200), 'hopper',
+    'hopper_e4m3' or 'blackwell'."""
     target: str
     m: int
     k: int
@@ -84,17 +84,25 @@ KERNELS = {
     "portable": "torq_portable_matmul",
     "rotate": "torq_portable_rotate",
     "hopper": "torq_hopper_matmul",
+    "hopper_e4m3": "torq_hopper_e4m3_matmul",
     "blackwell": "torq_blackwell_matmul",
 }
 """The kernel that is looked at, by operation."""
 
-EXPECTED = {"portable": "HMMA", "rotate": "HMMA", "hopper": "HGMMA", "blackwell": "UTCOMMA"}
+EXPECTED = {
+    "portable": "HMMA",
+    "rotate": "HMMA",
+    "hopper": "HGMMA",
+    "hopper_e4m3": "QGMMA",
+    "blackwell": "UTCOMMA",
+}
 """The tensor core's instruction in machine code. On sm_90a Triton makes wgmma of the portable product, too."""
 
 PTX = {
     "portable": r"mma\.sync|wgmma",
     "rotate": r"mma\.sync|wgmma",
     "hopper": "wgmma",
+    "hopper_e4m3": r"wgmma\.mma_async\S*e4m3\.e4m3",
     "blackwell": r"tcgen05\.mma",
 }
 """And in PTX."""
@@ -216,7 +224,7 @@ def _inner_loop(cubin: Path, operation: str) -> dict[str, int] | None:
         back = re.search(r"`?\(?(\.L_x?_?\d+)", line) if found.group(1) == "BRA" else None
         if back and back.group(1) in labels:
             body = names[labels[back.group(1)] :]
-            tensor = any(re.match(r"HGMMA|HMMA|UTC\w*MMA|QMMA|OMMA", name) for name in body)
+            tensor = any(re.match(r"HGMMA|QGMMA|HMMA|UTC\w*MMA|QMMA|OMMA", name) for name in body)
             if tensor and (best is None or len(body) < len(best)):
                 best = body
     return None if best is None else dict(collections.Counter(best).most_common())
@@ -247,12 +255,14 @@ def bounds(call: Call, result: dict[str, Any]) -> dict[str, float]:
             made["issue_us"] = cycles / target.clock * 1e6
         return made
     weight = call.k * call.n * 4.25 / 8
-    x_bits = 4.25 if call.operation == "blackwell" else 16
+    x_bits = {"blackwell": 4.25, "hopper_e4m3": 8}.get(call.operation, 16)
+    # e4m3 goes at twice bfloat16's rate.
+    rate = target.multiply_adds * (2 if call.operation == "hopper_e4m3" else 1)
     moved = weight + call.m * call.k * x_bits / 8 + 2 * call.m * call.n
     made = {
         "bytes": moved,
         "memory_us": moved / target.bandwidth * 1e6,
-        "tensor_us": call.m * call.k * call.n / target.multiply_adds / target.cores / target.clock * 1e6,
+        "tensor_us": call.m * call.k * call.n / rate / target.cores / target.clock * 1e6,
     }
     tiles = result.get("tiles")
     if tiles is None:
@@ -262,9 +272,9 @@ def bounds(call: Call, result: dict[str, Any]) -> dict[str, float]:
     made["tile_bytes"] = tiles_m * tiles_n * call.k * (rows * x_bits + columns * 4.25) / 8
     # Whole tiles, in rounds of as many as there are multiprocessors.
     rounds = math.ceil(tiles_m * tiles_n * splits / target.cores) / splits
-    made["tensor_us"] = rounds * rows * columns * call.k / target.multiply_adds / target.clock * 1e6
-    if call.operation in ("hopper", "portable") and result.get("loop"):
-        warps, schedulers = 8 if call.operation == "hopper" else 4, 4
+    made["tensor_us"] = rounds * rows * columns * call.k / rate / target.clock * 1e6
+    if call.operation != "blackwell" and result.get("loop"):
+        warps, schedulers = 4 if call.operation == "portable" else 8, 4
         steps = rounds * call.k / depth
         made["issue_us"] = steps * sum(result["loop"].values()) * warps / schedulers / target.clock * 1e6
     return made
@@ -330,11 +340,20 @@ def _compile(call: Call) -> dict[str, Any]:
         rotate = portable.rotate_quantize_swizzled if call.target == "b200" else portable.rotate_quantize
         function = lambda *a: rotate(*a, rule=call.rule)  # noqa: E731
         given = [x, *matrices]
-    elif call.operation == "hopper":
-        weight = jax.eval_shape(layout.to_hopper, codes, scales)
-        function = lambda x, *w: hopper.matmul(x, layout.HopperWeight(*w))  # noqa: E731
+    elif call.operation in ("hopper", "hopper_e4m3"):
+        e4m3 = call.operation == "hopper_e4m3"
+        weight = jax.eval_shape(layout.to_hopper_e4m3 if e4m3 else layout.to_hopper, codes, scales)
         given = [x, *(shape(a.shape, a.dtype) for a in weight)]
-        picked = hopper.choose(m, k, n, target.cores)
+        if e4m3:
+            given = [shape((m, k), jnp.float8_e4m3fn), shape((m,), jnp.float32), *given[1:]]
+
+            def function(values: Any, factor: Any, *w: Any) -> Any:
+                rows = hopper.E4M3Rows(values, factor)
+                return hopper.matmul_e4m3(rows, layout.HopperE4M3Weight(*w))
+
+        else:
+            function = lambda x, *w: hopper.matmul(x, layout.HopperWeight(*w))  # noqa: E731
+        picked = hopper.choose(m, k, n, target.cores, e4m3=e4m3)
         tiles = [picked.tokens, layout.HOPPER_ROWS, layout.HOPPER_STEP, picked.splits]
     elif call.operation == "blackwell":
         rows = shape((m, k // 2), jnp.uint8), shape((m, k // 32), jnp.uint8)
