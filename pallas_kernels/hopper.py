@@ -389,7 +389,9 @@ def _kernel(
                 factor = plgpu.load(factor_gmem.at[at], layout=row)
                 y = total * lax.broadcast_in_dim(factor, (_HALF, tokens), (0,))
                 if rows_gmem is not None:
-                    factors = plgpu.load(rows_gmem.at[rows], layout=plgpu.Layout.WGMMA.reduce(0))
+                    # 8 or 16 tokens' are no whole cache line.
+                    column = plgpu.Layout.WGMMA.reduce(0)
+                    factors = plgpu.load(rows_gmem.at[rows], layout=column, optimized=tokens >= 32)
                     y = y * lax.broadcast_in_dim(factors, (_HALF, tokens), (1,))
                 y = y.astype(out_smem.dtype)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -602,11 +604,13 @@ def split_e4m3(z: Float[Array, "m k"]) -> tuple[E4M3Rows, Float[Array, "m k"]]:
     blocks span at most 14. What is left of others lies at least 17 powers of two below their largest element.
 
     Args:
-      z: ``[M, K]`` bfloat16, of two significant bits each, as ``portable.rotate_round`` gives them. NaN stays.
+      z: ``[M, K]`` bfloat16, of two significant bits each, as ``portable.rotate_round`` gives them. NaN stays, and
+        nothing is left of its row.
     """
     pattern = lax.bitcast_convert_type(z, jnp.uint16).astype(jnp.int32)
     # The exponent field of the largest element, such that both factors are normal numbers.
-    top = jnp.clip(jnp.max(pattern & 0x7FFF, axis=1) >> 7, 9, 254)
+    largest = jnp.max(pattern & 0x7FFF, axis=1) >> 7
+    top = jnp.clip(largest, 9, 254)
 
     def power(field: Any) -> Any:
         return lax.bitcast_convert_type(field << 23, jnp.float32)
@@ -614,7 +618,7 @@ def split_e4m3(z: Float[Array, "m k"]) -> tuple[E4M3Rows, Float[Array, "m k"]]:
     # 2**8 for the largest power of two: 1.5 times that is below e4m3's 448.
     scaled = z.astype(jnp.float32) * power(127 + 8 + 127 - top)[:, None]
     values, factor = scaled.astype(jnp.float8_e4m3fn), power(top - 8)
-    left = jnp.where(jnp.isnan(scaled), 0, scaled - values.astype(jnp.float32))
+    left = jnp.where(largest[:, None] == 255, 0, scaled - values.astype(jnp.float32))
     return E4M3Rows(values, factor), (left * factor[:, None]).astype(z.dtype)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import gpu_tiles
@@ -118,3 +119,34 @@ def test_blackwell_refuses_what_it_cannot_run():
         blackwell.matmul(a, b, tiles=blackwell.Tiles(256, 1))
     with pytest.raises(ValueError, match="bytes of shared memory, sm_100 has 232448: take fewer stages"):
         blackwell.matmul(a, b, tiles=blackwell.Tiles(128, 8))
+
+
+def test_rows_are_e4m3_and_what_is_left_of_them():
+    rng = np.random.default_rng(0)
+    powers = rng.integers(-7, 8, (40, 8, 1))
+    powers[0, :, 0] = [7, -7, 0, 0, 0, 0, 0, 0]  # 14 apart, which fits ...
+    powers[20:] *= 2  # ... and up to 28, which does not
+    powers[20, :2, 0] = [14, -14]
+    magnitude = rng.choice([0, 0.5, 1, 1.5, 2, 3, 4, 6], (40, 8, 32)) * rng.choice([-1, 1], (40, 8, 32))
+    magnitude[:, :, 0] = 6
+    z = jnp.asarray((magnitude * 2.0**powers).reshape(40, 256), BF16)
+    z = z.at[2].set(0).at[3].multiply(2.0**-100).at[4].multiply(2.0**110)
+    first, left = hopper.split_e4m3(z)
+    assert first.values.dtype == jnp.float8_e4m3fn and left.dtype == BF16
+    whole = first.values.astype(F32) * first.factor[:, None]
+    np.testing.assert_array_equal(whole + left.astype(F32), z.astype(F32))
+    assert not left[:20].any() and left[20].any()
+    second, rest = hopper.split_e4m3(left)
+    assert not rest.any()
+    assert bool(
+        (jnp.abs(second.values.astype(F32) * second.factor[:, None]) <= jnp.abs(whole).max(1)[:, None]).all()
+    )
+    broken, left = hopper.split_e4m3(z.at[0, 5].set(jnp.nan))
+    assert bool(jnp.isnan(broken.values[0, 5].astype(F32))) and not left[0].any()
+
+
+def test_e4m3_is_multiplied_and_loaded_at_its_own_rate():
+    wide, narrow = (hopper.work(hopper.Tiles(128, 2), 128, 4096, 4096, e4m3=e) for e in (False, True))
+    assert wide.cycles == 2 * narrow.cycles == 128 * 128 * 256 / 2048
+    assert wide.loaded - narrow.loaded == 128 * 256
+    assert hopper.shared_memory(hopper.Tiles(128, 3), e4m3=True) < hopper.SHARED_MEMORY

@@ -1,5 +1,7 @@
 """The GPU kernels by name: which are chosen, what is refused, packed sites."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,12 +148,19 @@ def test_what_cannot_run_says_why(monkeypatch):
         matmul(x, linear, implementation="tpu_interpret")
     with pytest.raises(TorqError, match="has its rotation in it"):
         matmul(x, linear, transform, implementation="portable_interpret")
-    with pytest.raises(TorqError, match="kernels 'ampere' do not exist: must be one of hopper, blackwell"):
+    with pytest.raises(TorqError, match="kernels 'ampere' do not exist: must be one of hopper, hopper_e4m3"):
         gpu.pack(weights, transform, kind="ampere")
     with pytest.raises(TorqError, match="float16 cannot run on the GPU kernels"):
         gpu.pack(weights, transform, dtype=jnp.float16, kind="portable")
     with pytest.raises(TorqError, match="the weights have 256 features, the rotation 64"):
         gpu.pack(weights, torq_jax.identity(64), kind="portable")
+    far = mxfp4.MXFP4Array(jnp.full((1, 32), 0x11, jnp.uint8), jnp.asarray([[200, 9]], jnp.uint8), 64, -1)
+    monkeypatch.setattr(gpu, "require", lambda *_, **__: None)
+    with pytest.raises(
+        TorqError, match="'hopper_interpret' cannot run this product: scales of an output are too"
+    ):
+        matmul(x[..., :64], far, activation_scale="even", implementation="hopper_interpret")
+    monkeypatch.undo()
     monkeypatch.setenv("NPROC", "2")
     wanted = "takes 16 threads and XLA has 2.*set NPROC=16" if NEW else "need jax 0.12 or later"
     with pytest.raises(TorqError, match=wanted):
@@ -166,3 +175,6 @@ def test_operands_that_a_kernel_lacks_are_named():
     assert "takes MXFP4 activations" in gpu.unfit("blackwell", None, BF16)
     assert "float32 activations that stay in float" in gpu.unfit("hopper", None, jnp.float32)
     assert gpu.unfit("hopper", "even", jnp.float32) is None
+    near = dataclasses.replace(weight, scales=jnp.asarray([[[100, 112]], [[9, 9]]], jnp.uint8))
+    assert "too far apart" in gpu.unfit("hopper_e4m3", "even", BF16, [near])
+    assert gpu.unfit("hopper", "even", BF16, [near]) is None

@@ -22,9 +22,9 @@ from torq_jax.tpu import TPULinear
 
 KERNELS = ("tpu", *gpu.KINDS)
 IMPLEMENTATIONS = ("tpu", "xla", "gpu", *gpu.KINDS, *(f"{name}_interpret" for name in KERNELS))
-"""Implementations that exist. "hopper", "blackwell" and "portable" are kernels for GPUs, "gpu" those of them that are
-made for the GPU at hand: none has been timed on one, so without a name a GPU runs what XLA compiles. The last four
-run kernels in Pallas's interpretation, slowly."""
+"""Implementations that exist. "gpu" stands for the kernels made for the GPU at hand: "hopper", "blackwell" or
+"portable"; "hopper_e4m3" multiplies at twice the rate of "hopper" and does not add in float32. None has been timed on
+a GPU, so without a name a GPU runs what XLA compiles. Those in "_interpret" run kernels on a CPU, slowly."""
 
 INTERPRETED_AS = "v6e"
 """The generation whose tiles an interpreted kernel uses."""
@@ -80,6 +80,11 @@ def matmul(
         if chosen.startswith("tpu"):
             weight = tpu.pack(weight, transform, dtype=x.dtype)
         else:
+            # Inside jit no value is known: outputs that a layout cannot hold are NaN there.
+            known = [] if isinstance(weight.codes, jax.core.Tracer) else [weight]
+            reason = gpu.unfit(kernels_of(chosen), activation_scale, x.dtype, known)
+            if reason is not None:
+                raise TorqError(f"implementation {chosen!r} cannot run this product: {reason}; use 'xla'")
             weight = gpu.pack(weight, transform, dtype=x.dtype, kind=kernels_of(chosen))
     return runner(chosen)(x, weight, activation_scale)
 
