@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pallas_kernels import portable
 from pallas_kernels.tiles import GPU, GPUS
 
 PATIENCE = 150
@@ -134,7 +135,7 @@ def compile_call(call: Call) -> dict[str, Any]:
 
     Returns:
       Registers, spilled and stack bytes, shared bytes, ``tensor_ptx`` (tensor instructions in PTX), tiles, seconds,
-      and ``loop``: instructions of the inner loop by name, None without nvdisasm. Or an ``error``.
+      and what :func:`_code` finds in machine code. Or an ``error``.
     """
     reason = missing()
     if reason is not None:
@@ -165,6 +166,9 @@ def compile_call(call: Call) -> dict[str, Any]:
         if "error" not in result:
             result |= _inspect(call, Path(folder))
     return result | {"seconds": round(time.monotonic() - begun, 1)}
+
+
+_TENSOR = r"HGMMA|QGMMA|HMMA|UTC\w*MMA|QMMA|OMMA"
 
 
 def _inspect(call: Call, folder: Path) -> dict[str, Any]:
@@ -200,19 +204,22 @@ def _inspect(call: Call, folder: Path) -> dict[str, Any]:
         "shared": shared,
         "serialized": "wgmma" in log and "serialized" in log,
         "tensor_ptx": len(re.findall(PTX[call.operation], ptx)),
-        "loop": _inner_loop(cubin, call.operation),
+        **_code(cubin),
     }
 
 
-def _inner_loop(cubin: Path, operation: str) -> dict[str, int] | None:
-    """Instructions of the shortest loop around a tensor instruction, by name."""
+def _code(cubin: Path) -> dict[str, Any]:
+    """``loop``: instructions of the shortest loop around a tensor instruction, by name; None without nvdisasm.
+
+    ``instructions``: of the whole kernel. ``loops``: of each loop, and whether a tensor instruction is in it.
+    """
     tool = disassembler()
     if tool is None:
-        return None
+        return {"loop": None, "instructions": None, "loops": None}
     text = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True).stdout
     labels: dict[str, int] = {}
     names: list[str] = []
-    best: list[str] | None = None
+    bodies: list[list[str]] = []
     for line in text.splitlines():
         label = re.match(r"\s*(\.L_x?_?\d+):", line)
         if label:
@@ -223,11 +230,13 @@ def _inner_loop(cubin: Path, operation: str) -> dict[str, int] | None:
         names.append(found.group(1))
         back = re.search(r"`?\(?(\.L_x?_?\d+)", line) if found.group(1) == "BRA" else None
         if back and back.group(1) in labels:
-            body = names[labels[back.group(1)] :]
-            tensor = any(re.match(r"HGMMA|QGMMA|HMMA|UTC\w*MMA|QMMA|OMMA", name) for name in body)
-            if tensor and (best is None or len(body) < len(best)):
-                best = body
-    return None if best is None else dict(collections.Counter(best).most_common())
+            bodies.append(names[labels[back.group(1)] :])
+    with_tensor = [any(re.match(_TENSOR, name) for name in body) for body in bodies]
+    around = [body for body, tensor in zip(bodies, with_tensor, strict=True) if tensor]
+    loop = collections.Counter(min(around, key=len)).most_common() if around else None
+    # A jump to itself, behind the end, is no loop.
+    loops = [[len(body), tensor] for body, tensor in zip(bodies, with_tensor, strict=True) if len(body) > 1]
+    return {"loop": None if loop is None else dict(loop), "instructions": len(names), "loops": loops}
 
 
 def rotation_shapes(k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -248,11 +257,8 @@ def bounds(call: Call, result: dict[str, Any]) -> dict[str, float]:
         matrices = sum(math.prod(shape) for shape in (call.inter, call.intra) if shape is not None)
         moved = call.m * call.k * (2 + 4.25 / 8) + 2 * matrices
         made = {"bytes": moved, "memory_us": moved / target.bandwidth * 1e6}
-        if result.get("loop"):
-            # A program of four warps has 16 rows of 512 features and runs the loop for 32 positions.
-            programs = math.ceil(call.m / 16) * math.ceil(call.k / 512)
-            cycles = math.ceil(programs / target.cores) * 32 * sum(result["loop"].values())
-            made["issue_us"] = cycles / target.clock * 1e6
+        if result.get("loops") is not None:
+            made["issue_us"] = _rotate_cycles(call, result) / target.clock * 1e6
         return made
     weight = call.k * call.n * 4.25 / 8
     x_bits = {"blackwell": 4.25, "hopper_e4m3": 8}.get(call.operation, 16)
@@ -278,6 +284,20 @@ def bounds(call: Call, result: dict[str, Any]) -> dict[str, float]:
         steps = rounds * call.k / depth
         made["issue_us"] = steps * sum(result["loop"].values()) * warps / schedulers / target.clock * 1e6
     return made
+
+
+def _rotate_cycles(call: Call, result: dict[str, Any]) -> float:
+    """Cycles of the activations' kernel, for instructions alone: a program's blocks, and in each the group's in
+    eights, one instruction a cycle and scheduler."""
+    target, blocks, row_tiles = TARGETS[call.target], call.k // 32, math.ceil(call.m / 16)
+    group = call.inter[-1] if call.inter is not None else 1
+    count = portable.blocks_of_program(row_tiles, blocks, group)
+    block_loop = sum(length for length, tensor in result["loops"] if tensor)
+    mixing_loop = sum(length for length, tensor in result["loops"] if not tensor)
+    executed = result["instructions"] + (count - 1) * block_loop
+    executed += count * max(0, group // 8 - 1) * mixing_loop
+    warps = row_tiles * blocks // count * portable.activation_warps(row_tiles, blocks)
+    return math.ceil(warps / (4 * target.cores)) * executed
 
 
 # ---------------------------------------------------------------- the child
@@ -309,7 +329,7 @@ def _compile(call: Call) -> dict[str, Any]:
     from jax.experimental import topologies
     from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
-    from pallas_kernels import blackwell, hopper, layout, portable
+    from pallas_kernels import blackwell, hopper, layout
 
     target = TARGETS[call.target]
     topology = topologies.get_topology_desc(

@@ -235,9 +235,10 @@ def _activation_kernel(
     pl.when(~held)(lambda: lax.fori_loop(0, count, zeros, None))
 
 
-PROGRAMS = 512
-"""Programs of the activations' kernel that a call is divided into at least, where it has as many blocks. Those of one
-block have four warps, to be done sooner; others one, because of four each computes some of what the others do."""
+PROGRAMS = 2048
+"""Programs of the activations' kernel that a call is divided into at least, where it has as many blocks: about four
+for each scheduler of a large GPU, which then has another one's instruction while one waits. Where there are fewer,
+each has four warps, to be done sooner; else one, because of four each computes some of what the others do."""
 
 
 def blocks_of_program(row_tiles: int, blocks: int, group: int) -> int:
@@ -246,6 +247,11 @@ def blocks_of_program(row_tiles: int, blocks: int, group: int) -> int:
         (d for d in range(group, 1, -1) if group % d == 0 and row_tiles * (blocks // d) >= PROGRAMS),
         1,
     )
+
+
+def activation_warps(row_tiles: int, blocks: int) -> int:
+    """Warps of a program of the activations' kernel."""
+    return 4 if row_tiles * blocks < PROGRAMS else 1
 
 
 def _activations(
@@ -275,7 +281,8 @@ def _activations(
     full = -(-rows // BLACKWELL_ROWS) * BLACKWELL_ROWS if swizzled else x.shape[0]
     group = _largest(blocks, LEAST) if inter is None else inter.shape[-2]
     count = blocks_of_program(tiles, blocks, group)
-    parts, options = group // count, _options(4 if count == 1 else 1, 1, interpret)
+    parts = group // count
+    options = _options(activation_warps(tiles, blocks), 1, interpret)
     given = [x.reshape(x.shape[0], blocks // group, group, BLOCK), layer_index(layer)]
     in_specs = [
         pl.BlockSpec((LEAST, None, group, BLOCK), lambda m, u, h: (m, u, 0, 0)),
