@@ -165,10 +165,11 @@ def test_a_moved_weight_would_be_seen(checkpoints):
         assert [c.operation for c in moved_weights(text, smallest_weight(model))] == ["all-gather"]
 
 
-def test_kernels_run_on_every_device(checkpoints, single):
+@pytest.mark.parametrize("implementation", ["tpu_interpret", "portable_interpret"])
+def test_kernels_run_on_every_device(checkpoints, single, implementation):
     """Interpreted, each on its own part: eight devices cut groups of blocks before o, and none before down."""
-    model = torq_jax.load(checkpoints(8), mesh="1x8", implementation="tpu_interpret").model
-    assert model.implementation == "tpu_interpret"
+    model = torq_jax.load(checkpoints(8), mesh="1x8", implementation=implementation).model
+    assert model.implementation == implementation
     assert hasattr(model.layers.attn_out, "inter") and not hasattr(model.layers.mlp_out, "inter")
     tokens = jnp.asarray(np.arange(12).reshape(2, 6) * 7 % 288)
     run = nnx.jit(lambda m, t: m(t)[0])

@@ -209,7 +209,8 @@ def load(
         only. Results are the same, since every MXFP4 and MXFP8 value is exact in both dtypes. Embeddings and output
         projection then take ``dtype`` as well, which a step would otherwise convert whole.
       implementation: of the packed weights' products, one of :data:`torq_jax.matmul.IMPLEMENTATIONS`; None for the
-        TPU kernels on a TPU (:func:`torq_jax.decoder.pack`) and for XLA elsewhere.
+        TPU kernels on a TPU (:func:`torq_jax.decoder.pack`) and for XLA elsewhere; "gpu" for the kernels made for the
+        GPU at hand.
       kv: what generation stores keys and values in, one of :data:`torq_jax.cache.FORMATS`; ``dtype`` when None.
       mesh: devices to divide the model over, of one process or of all that ``jax.distributed`` has joined; or a text
         such as "1x8", see :func:`torq_jax.sharding.make_mesh`. Every array is read straight into its places: a
