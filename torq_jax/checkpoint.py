@@ -9,23 +9,22 @@
     DIR/tokenizer/      the tokenizer's own files
     DIR/report.json, report.html, plots/
 
-A checkpoint is written beside its destination and renamed when it is whole, so a directory with a manifest
-is a complete checkpoint.
+A checkpoint is written in a hidden directory beside its destination and renamed when it is whole (see
+:mod:`convert.resume`), so a directory with a manifest is a complete checkpoint. The same conversion writes the same
+bytes, times in the report excepted.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import jax
@@ -34,10 +33,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from torq_jax import decoder, mxfp4, mxfp8
+from torq_jax import decoder, files, mxfp4, mxfp8
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
 from torq_jax.decoder import Decoder, Formats, SiteFormat
-from torq_jax.errors import ConversionError, TorqError
+from torq_jax.errors import ConversionError, TorqError, WriteError
 from torq_jax.matmul import select
 
 MANIFEST = "torq.json"
@@ -57,28 +56,43 @@ class Loaded(NamedTuple):
 
 
 class CheckpointWriter:
-    """Writes a checkpoint piece by piece; see :func:`writing`."""
+    """Writes a checkpoint piece by piece into a directory that :mod:`convert.resume` puts in place when it is whole.
 
-    def __init__(self, directory: Path):
+    A piece, a layer or a parameter outside the layers, is written under another name and renamed when all of it is
+    on the disk. The same parameters make the same bytes.
+    """
+
+    def __init__(self, directory: Path, hashes: Mapping[str, str] | None = None):
+        """``hashes`` are those of an earlier writer of the same directory."""
         self.directory = directory
+        self.hashes = dict(hashes or {})
+        """sha256 of every file of finished pieces, by its place in the checkpoint."""
 
     def layer(self, index: int, parameters: Mapping[str, Any]) -> None:
-        """Write one layer's parameters, a nested dictionary of arrays."""
+        """Write one layer's parameters, a nested dictionary of arrays.
+
+        Raises:
+          WriteError: it cannot be written.
+        """
         self._save(self.directory / "layers" / f"{index:05d}", parameters)
 
     def outer(self, name: str, value: Any) -> None:
-        """Write one parameter outside the layers; each on its own, since embeddings are large."""
+        """Write one parameter outside the layers; each on its own, since embeddings are large.
+
+        Raises:
+          WriteError: it cannot be written.
+        """
         self._save(self.directory / "outer" / name, {name: value})
 
     def manifest(self, data: Mapping[str, Any]) -> None:
-        """Write the manifest; last, since it marks the checkpoint complete."""
-        text = json.dumps({"format": FORMAT, "version": VERSION, **data, "files": self._hashes()}, indent=1)
-        (self.directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        """Write the manifest, with the hashes of all pieces and of the tokenizer.
 
-    def _hashes(self) -> dict[str, str]:
-        """sha256 of every file that holds parameters, by its place in the checkpoint."""
-        files = (f for part in ("layers", "outer") for f in (self.directory / part).rglob("*") if f.is_file())
-        return {f.relative_to(self.directory).as_posix(): _sha256(f) for f in sorted(files)}
+        Raises:
+          OSError: it cannot be written.
+        """
+        found = self.hashes | hashes(self.directory, self.directory / "tokenizer")
+        text = json.dumps({"format": FORMAT, "version": VERSION, **data, "files": found}, indent=1)
+        files.write(self.directory / MANIFEST, (text + "\n").encode())
 
     def _save(self, path: Path, tree: Mapping[str, Any]) -> None:
         arrays = jax.tree.map(np.asarray, dict(tree))
@@ -86,15 +100,40 @@ class CheckpointWriter:
         needed = sum(x.nbytes for x in jax.tree.leaves(arrays)) + _OVERHEAD
         free = shutil.disk_usage(self.directory).free
         if free < needed:
-            raise ConversionError(
+            raise WriteError(
                 f"cannot write {name}: the disk is full: {needed / 2**20:.1f} MiB are needed and "
-                f"{free / 2**20:.1f} MiB are free; nothing was kept"
+                f"{free / 2**20:.1f} MiB are free"
             )
+        part = path.with_name(f".{path.name}.part")
         try:
-            with _quiet_failures(), ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(path.absolute(), arrays)
+            files.remove(part)
+            # Without OCDBT, whose files have random names and hold the time.
+            handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+            with _quiet_failures(), ocp.Checkpointer(handler) as checkpointer:
+                checkpointer.save(part.absolute(), args=ocp.args.PyTreeSave(arrays))
+            _without_time_and_place(part)
+            files.sync_tree(part)
+            found = hashes(part, part, str(name))
+            files.remove(path)
+            os.rename(part, path)
+            files.sync_directory(path.parent)
         except (OSError, ValueError) as error:  # tensorstore reports failed writes as a ValueError
-            raise ConversionError(f"cannot write {name}: {_reason(error)}; nothing was kept") from error
+            raise WriteError(f"cannot write {name}: {reason(error)}") from error
+        self.hashes |= found
+
+
+def hashes(directory: Path, below: Path, prefix: str = "") -> dict[str, str]:
+    """sha256 of every file below a part of ``directory``, by its path in that, after ``prefix``."""
+    found = sorted(f for f in below.rglob("*") if f.is_file())
+    return {str(PurePosixPath(prefix, f.relative_to(directory).as_posix())): files.sha256(f) for f in found}
+
+
+def _without_time_and_place(piece: Path) -> None:
+    """Take out of an Orbax piece when and where it was written, which reading it does not need."""
+    (piece / "commit_success.txt").unlink(missing_ok=True)
+    path = piece / "_CHECKPOINT_METADATA"
+    metadata = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(metadata | {k: 0 for k in metadata if k.endswith("_nsecs")}), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -118,38 +157,6 @@ def _quiet_failures() -> Iterator[None]:
         sys.unraisablehook = hook  # after a failure it stays: those under way may end at any time
     finally:
         logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def writing(directory: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[CheckpointWriter]:
-    """Write a checkpoint that appears at ``directory`` whole or not at all.
-
-    Everything goes to a hidden directory beside it, which is renamed at the end and removed on any error.
-
-    Raises:
-      ConversionError: the directory exists (and ``overwrite`` is not set), or it cannot be written.
-    """
-    target = Path(directory).resolve()  # through links: a directory cannot be renamed onto one
-    check_target(target, overwrite=overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    except OSError as error:
-        raise ConversionError(f"cannot write to {target.parent}: {_first_line(error)}") from error
-    try:
-        yield CheckpointWriter(partial)
-        partial.chmod(0o755)
-        if target.exists():
-            old = partial.with_name(partial.name + ".old")
-            os.rename(target, old)
-            os.rename(partial, target)
-            shutil.rmtree(old)
-        else:
-            os.rename(partial, target)
-    except OSError as error:
-        raise ConversionError(f"cannot write {target}: {_reason(error)}; nothing was kept") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_target(directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -317,7 +324,7 @@ def check_files(directory: Path, manifest: Mapping[str, Any], part: str) -> None
             file = directory / name
             if not file.is_file():
                 raise TorqError(f"checkpoint is incomplete: {file} is missing")
-            if _sha256(file) != expected:
+            if files.sha256(file) != expected:
                 raise TorqError(
                     f"checkpoint is damaged: {file} is not what was written: convert or copy it again"
                 )
@@ -361,13 +368,7 @@ def load_tokenizer(directory: Path) -> Any:
 
 def directory_bytes(directory: Path, *parts: str) -> int:
     """Bytes of all files below ``directory``, or below the named parts of it."""
-    roots = [directory / part for part in parts] or [directory]
-    return sum(f.stat().st_size for root in roots for f in root.rglob("*") if f.is_file())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return sum(files.tree_bytes(directory / part) for part in parts or ("",))
 
 
 def _copy_into(stack: Any, layer: Any, index: int, first: int, directory: Path) -> None:
@@ -387,7 +388,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The operating system's own words where tensorstore quotes them in the middle of its."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
