@@ -3,9 +3,9 @@
     python -m benchmarks.kill_loop            # 50 kills; about 20 minutes on two cores
 
 Each trial starts the command line on a tiny model, sends SIGKILL at a moment drawn from one of its phases, and goes
-on with ``--resume`` (every fifth trial is killed once more on the way). Then every file is compared byte for byte with
-those of a conversion that nobody disturbed. Only the times and the memory in report.json and the line of the page
-that tells them are left out: they are measured, and differ between any two runs.
+on with ``--resume`` (every fifth trial is killed once more on the way). Then every file is compared byte for byte
+with those of a conversion that nobody disturbed. Only the times and the memory in report.json and the line of the
+page that tells them are left out: they are measured, and differ between any two runs.
 
 Half of the trials keep their activations in memory, half in files. In the phase "a file operation" the process dies
 right before one of its renames, syncs or deletions, counted over the whole run.
