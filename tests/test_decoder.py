@@ -114,7 +114,9 @@ def test_greedy_tokens_equal_hugging_face(golden):
 
 
 def test_attention_in_chunks_equals_attention_at_once(monkeypatch):
-    q, k, v = (jax.random.normal(jax.random.key(i), (2, 24, h, 8)) for i, h in enumerate((4, 2, 2)))
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (2, *n, 8)) for i, n in enumerate(((24, 4), (2, 24), (2, 24)))
+    )
     whole = decoder.attention(q, k, v)
     monkeypatch.setattr(decoder, "QUERY_CHUNK", 8)
     np.testing.assert_allclose(decoder.attention(q, k, v), whole, atol=1e-6)

@@ -16,7 +16,9 @@ bytes, times in the report excepted.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -32,8 +34,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from torq_jax import decoder, files, mxfp4, mxfp8
+from torq_jax import cache, decoder, files, mxfp4, mxfp8, sharding
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
 from torq_jax.decoder import Decoder, Formats, SiteFormat
 from torq_jax.errors import ConversionError, TorqError, WriteError
@@ -198,6 +203,9 @@ def load(
     dtype: Any = None,
     dequantize: bool | None = None,
     implementation: str | None = None,
+    kv: str | None = None,
+    mesh: Mesh | str | None = None,
+    rules: sharding.Rules | None = None,
 ) -> Loaded:
     """Load a converted model and its tokenizer; the checkpoint itself says what it is.
 
@@ -205,15 +213,22 @@ def load(
       directory: what the converter wrote.
       dtype: of the activations; float32 on a CPU and bfloat16 elsewhere when None.
       dequantize: decode the packed weights once, at load: more memory, faster steps. None means on a CPU
-        only. Results are the same, since every MXFP4 and MXFP8 value is exact in both dtypes.
+        only. Results are the same, since every MXFP4 and MXFP8 value is exact in both dtypes. Embeddings and output
+        projection then take ``dtype`` as well, which a step would otherwise convert whole.
       implementation: of the packed weights' products, one of :data:`torq_jax.matmul.IMPLEMENTATIONS`; None for the
         TPU kernels on a TPU (:func:`torq_jax.decoder.pack`) and for XLA elsewhere.
+      kv: what generation stores keys and values in, one of :data:`torq_jax.cache.FORMATS`; ``dtype`` when None.
+      mesh: devices to divide the model over, of one process or of all that ``jax.distributed`` has joined; or a text
+        such as "1x8", see :func:`torq_jax.sharding.make_mesh`. Every array is read straight into its places: a
+        process holds no more than one array of a layer beside its devices' own parts.
+      rules: mesh axes of each logical axis, where they are not those of :data:`torq_jax.sharding.RULES`.
 
     Returns:
       The model, its tokenizer, and the manifest.
 
     Raises:
-      TorqError: no checkpoint there, or a damaged one; or an implementation that cannot run here.
+      TorqError: no checkpoint there, or a damaged one; an implementation that cannot run here; a cache format that
+        the model cannot have; or a mesh or rules that do not fit.
     """
     directory = Path(directory)
     if select(implementation) != "xla":
@@ -232,35 +247,65 @@ def load(
         formats = layer_formats(config, manifest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise TorqError(f"{directory / MANIFEST} is damaged: {type(error).__name__}: {error}") from error
+    cache.check_format(kv, config.head_dim)
     held = (
         [{site: form.decoded() for site, form in own.items()} for own in formats] if dequantize else formats
     )
+    own = None
+    if mesh is not None:
+        own = sharding.partition(config, mesh, rules)
+        sharding.announce(own)
+        if jax.process_count() > 1:
+            _check_together(directory, manifest)
+    elif rules is not None:
+        raise TorqError("rules divide a model over a mesh: pass mesh=, too")
+
+    def read_layer(index: int) -> dict[str, Any]:
+        layer = _restore_checked(directory, manifest, f"layers/{index:05d}", own)
+        return _decoded_layer(layer, config, formats[index], dtype, own) if dequantize else layer
+
     stacks, first = [], 0
     for count, _ in decoder.runs(config, held):
         stack: Any = None
         for index in range(first, first + count):
-            layer = _restore_checked(directory, manifest, f"layers/{index:05d}")
-            if dequantize:
-                layer = {
-                    name: decode_site(value, config, name, formats[index][name], dtype)
-                    if name in SITES
-                    else value
-                    for name, value in layer.items()
-                }
-            if stack is None:
-                stack = jax.tree.map(lambda x: np.empty((count, *x.shape), x.dtype), layer)  # noqa: B023
-            _copy_into(stack, layer, index, first, directory)
+            layer = read_layer(index)
+            stack = _empty_stack(layer, count, own) if stack is None else stack
+            _check_alike(stack, layer, index, first, directory)
+            if own is None:
+                jax.tree.map(lambda s, x: s.__setitem__(index - first, x), stack, layer)  # noqa: B023
+            else:
+                stack = _put(stack, layer, index - first)
         stacks.append(stack)
         first += count
     outer: dict[str, Any] = {}
     for name in ("embed", "norm") if config.tie_embeddings else ("embed", "norm", "lm_head"):
-        outer |= _restore_checked(directory, manifest, f"outer/{name}")
+        outer |= _restore_checked(directory, manifest, f"outer/{name}", own)
+    if dequantize:
+        outer |= {name: jnp.asarray(outer[name], dtype) for name in ("embed", "lm_head") if name in outer}
     layers = stacks[0] if len(stacks) == 1 else dict(enumerate(stacks))
     model = nnx.eval_shape(lambda: Decoder(config, held, dtype=dtype))
     model = decoder.fill(model, jax.tree.map(jnp.asarray, {**outer, "layers": layers}))
+    if own is not None:
+        model = decoder.divide(model, own)
     if not dequantize:
         model = decoder.pack(model, implementation)
+    model.kv = kv
+    if kv in cache.ROTATED and own is None:
+        model = cache.fold_values(model)
     return Loaded(model, load_tokenizer(directory / "tokenizer"), manifest)
+
+
+def add_inference_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the commands that load a checkpoint to run it."""
+    parser.add_argument(
+        "--kv", choices=cache.FORMATS, help="what keys and values are stored in (default: the model's dtype)"
+    )
+    parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="keep weights packed on a CPU too: less memory, slower steps (default: decode them at load)",
+    )
+    parser.add_argument("--mesh", metavar="DATAxMODEL", help=sharding.MESH_HELP)
 
 
 def layer_formats(config: DecoderConfig, manifest: Mapping[str, Any]) -> list[Formats]:
@@ -291,8 +336,8 @@ def exceptions(common: Formats, formats: Sequence[Formats]) -> dict[str, dict[st
     return {layer: sites for layer, sites in found.items() if sites}
 
 
-def restore(path: Path) -> dict[str, Any]:
-    """One Orbax piece as a nested dictionary of numpy arrays.
+def restore(path: Path, own: sharding.Partition | None = None) -> dict[str, Any]:
+    """One Orbax piece as a nested dictionary of numpy arrays, or of arrays that lie on a mesh.
 
     Raises:
       TorqError: it is missing or damaged.
@@ -301,26 +346,54 @@ def restore(path: Path) -> dict[str, Any]:
         raise TorqError(f"checkpoint is incomplete: {path} is missing")
     try:
         with _quiet_failures(), ocp.StandardCheckpointer() as checkpointer:
-            return jax.tree.map(np.asarray, checkpointer.restore(path.absolute()))
+            if own is None:
+                return jax.tree.map(np.asarray, checkpointer.restore(path.absolute()))
+            # Each process reads what its devices hold.
+            described = checkpointer.metadata(path.absolute()).item_metadata.tree
+            shapes = jax.tree.map(
+                lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+                described,
+                own.shardings(described),
+            )
+            return checkpointer.restore(path.absolute(), shapes)
     except (OSError, ValueError, KeyError) as error:
         raise TorqError(f"checkpoint is damaged: {path} cannot be read: {_first_line(error)}") from error
 
 
-def _restore_checked(directory: Path, manifest: Mapping[str, Any], part: str) -> dict[str, Any]:
+def _restore_checked(
+    directory: Path, manifest: Mapping[str, Any], part: str, own: sharding.Partition | None
+) -> dict[str, Any]:
     if not (directory / part).is_dir():
         raise TorqError(f"checkpoint is incomplete: {directory / part} is missing")
-    check_files(directory, manifest, part)
-    return restore(directory / part)
+    if own is None or jax.process_count() == 1:  # else all files were checked together
+        check_files(directory, manifest, part)
+    return restore(directory / part, own)
+
+
+def _check_together(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Check every file once among all processes, which fail together."""
+    found = None
+    for name in sorted(manifest.get("files", {}))[jax.process_index() :: jax.process_count()]:
+        try:
+            check_files(directory, manifest, name)
+        except TorqError as error:
+            found = error
+            break
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(found is not None)))
+    if found is not None:
+        raise found
+    if failed.size:
+        raise TorqError(f"checkpoint is damaged or incomplete, as process {failed[0]} found: see its error")
 
 
 def check_files(directory: Path, manifest: Mapping[str, Any], part: str) -> None:
-    """Compare the files of one part of a checkpoint, such as ``layers/00000``, with the manifest's hashes.
+    """Compare files of one part of a checkpoint, such as ``layers/00000`` or one file, with the manifest's hashes.
 
     Raises:
       TorqError: a file that is missing or not what was written.
     """
     for name, expected in manifest.get("files", {}).items():
-        if name.startswith(part + "/"):
+        if name == part or name.startswith(part + "/"):
             file = directory / name
             if not file.is_file():
                 raise TorqError(f"checkpoint is incomplete: {file} is missing")
@@ -371,17 +444,55 @@ def directory_bytes(directory: Path, *parts: str) -> int:
     return sum(files.tree_bytes(directory / part) for part in parts or ("",))
 
 
-def _copy_into(stack: Any, layer: Any, index: int, first: int, directory: Path) -> None:
-    """Copy layer ``index`` to its place in a stack that starts with layer ``first``."""
+def _decoded_layer(
+    layer: Mapping[str, Any],
+    config: DecoderConfig,
+    formats: Formats,
+    dtype: Any,
+    own: sharding.Partition | None,
+) -> dict[str, Any]:
+    """A layer's parameters with packed weights decoded; on a mesh each device decodes its own parts."""
+
+    def decode(layer: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: decode_site(value, config, name, formats[name], dtype) if name in SITES else value
+            for name, value in layer.items()
+        }
+
+    if own is None:
+        return decode(layer)
+    places = own.shardings(jax.eval_shape(decode, layer))
+    return jax.jit(decode, out_shardings=places)(layer)
+
+
+def _empty_stack(layer: Any, count: int, own: sharding.Partition | None) -> Any:
+    """Room for ``count`` layers like this one: on the host, or on the mesh that the layer lies on."""
+    if own is None:
+        return jax.tree.map(lambda x: np.empty((count, *x.shape), x.dtype), layer)
+
+    def room(x: jax.Array) -> jax.Array:
+        place = NamedSharding(own.mesh, P(None, *x.sharding.spec))  # type: ignore[attr-defined]
+        return jnp.zeros((count, *x.shape), x.dtype, device=place)
+
+    return jax.tree.map(room, layer)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: Any, layer: Any, index: int) -> Any:
+    """``stack`` with a layer at its place, in the same memory."""
+    put = jax.lax.dynamic_update_index_in_dim
+    return jax.tree.map(lambda s, x: put(s, x, index, 0), stack, layer)
+
+
+def _check_alike(stack: Any, layer: Any, index: int, first: int, directory: Path) -> None:
+    """Raise TorqError if layer ``index`` does not fit a stack that starts with layer ``first``."""
     for name, value in layer.items():
         if isinstance(value, Mapping):
-            _copy_into(stack.get(name, {}), value, index, first, directory)
+            _check_alike(stack.get(name, {}), value, index, first, directory)
         elif name not in stack or stack[name].shape[1:] != value.shape:
             raise TorqError(
                 f"checkpoint {directory} is damaged: layer {index} differs from layer {first} at {name!r}"
             )
-        else:
-            stack[name][index - first] = value
 
 
 def _first_line(error: BaseException) -> str:

@@ -24,7 +24,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
-from torq_jax import mxfp4, tpu
+from torq_jax import cache as kv_cache
+from torq_jax import mesh_kernels, mxfp4, tpu
+from torq_jax.cache import KVCache, Stored, rotate_heads
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig, RopeScaling
 from torq_jax.errors import TorqError
 from torq_jax.matmul import (
@@ -32,6 +34,7 @@ from torq_jax.matmul import (
     INTERPRETED_AS,
     ActivationFormat,
     dot,
+    padded,
     precision,
     prepare,
     select,
@@ -40,6 +43,7 @@ from torq_jax.matmul import (
 from torq_jax.mxfp4 import BLOCK, MXFP4Array
 from torq_jax.mxfp8 import MXFP8Array
 from torq_jax.rotation import TwoLevelRotation
+from torq_jax.sharding import Partition, constrain, put
 
 Tap = Callable[[str, Array], Array]
 """Called while tracing with a site's name and the activation ``[b, t, features]`` that enters it, and with
@@ -110,23 +114,6 @@ FLOAT: Formats = {site: SiteFormat() for site in SITES}
 """The float model: nothing rotated, nothing rounded."""
 
 
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of the tokens so far; a pytree. Slot j holds position j.
-
-    ``length`` tokens are valid: one number for all rows, or one for each row where prompts of different lengths
-    share a batch. What lies in later slots is seen by no query before a token overwrites it, so rows may be padded
-    on the right.
-    """
-
-    keys: Float[Array, "L b s g d"]
-    values: Float[Array, "L b s g d"]
-    length: Int32[Array, ""] | Int32[Array, " b"]
-
-
-jax.tree_util.register_dataclass(KVCache, ["keys", "values", "length"], [])
-
-
 class Whole(nnx.Param):
     """All layers' values of a parameter that a kernel reads one layer of, by its index.
 
@@ -145,6 +132,7 @@ class Site(nnx.Module):
     def __init__(self, config: DecoderConfig, site: str, form: SiteFormat, init: _Init):
         self.site, self.form = site, form
         self.packed: _Packed | None = None
+        self.partition: Partition | None = None
         features = form.stored_features(config.site_in_features(site))
         self.features = features
         for level in ("inter", "intra"):
@@ -168,7 +156,10 @@ class Site(nnx.Module):
         if self.packed is not None:
             products = self._by_kernel(x)
         else:
-            x = prepare(x, self.rotation(), self.form.activation_scale, self.form.activations)
+            transform = self.rotation()
+            if self.partition is not None and transform is not None:
+                x, transform = self.partition.rotate(self.site, padded(x, self.features), transform), None
+            x = prepare(x, transform, self.form.activation_scale, self.form.activations)
             rounded = self.form.activation_scale is not None
             products = [dot(x, self.weight(name), rounded=rounded) for name in SITE_WEIGHTS[self.site]]
         outputs = []
@@ -187,45 +178,48 @@ class Site(nnx.Module):
           implementation: "tpu" or "tpu_interpret".
         """
         names = SITE_WEIGHTS[self.site]
-        weights = {name: self.weight(name) for name in names}
         transform = self.rotation()
-        count = getattr(self, f"{names[0]}_codes").shape[0]
-        linear = tpu.stack(
-            [
-                tpu.pack(
-                    [jax.tree.map(lambda a: a[i], weights[name]) for name in names],  # noqa: B023
-                    jax.tree.map(lambda a: a[i], transform),  # noqa: B023
-                    dtype=dtype,
-                    kind=kind,
-                )
-                for i in range(count)
-            ]
-        )
+        own = self.partition
+        kept: tuple[str, ...] = ()
+        if own and transform is not None and own.mixed_apart(self.site, _one_layer(transform.inter)):
+            kept, transform = ("inter",), dataclasses.replace(transform, inter=None)
+        operands: Any = ([self.weight(name) for name in names], transform)
+        packing = functools.partial(tpu.pack_stack, dtype=dtype, kind=kind)
+        if own is None:
+            linear = packing(*operands)
+            arrays, tree = jax.tree.flatten(linear)
+        else:
+            arrays, tree = mesh_kernels.pack(own, self.site, packing, operands)
         outputs = tuple(getattr(self, f"{name}_codes").shape[-2] for name in names)
+        count = getattr(self, f"{names[0]}_codes").shape[0]
         for name in ("inter", "intra", *(f"{n}_{part}" for n in names for part in ("codes", "scales"))):
-            if hasattr(self, name):
+            if hasattr(self, name) and name not in kept:
                 delattr(self, name)
-        arrays, tree = jax.tree.flatten(linear)
         for i, array in enumerate(arrays):
             setattr(self, f"packed_{i}", Whole(array))
-        self.layer = nnx.Param(jnp.arange(count, dtype=jnp.int32))
+        self.layer = nnx.Param(put(own, np.arange(count, dtype=np.int32)))
         self.packed = _Packed(tree, outputs, implementation)
 
     def _by_kernel(self, x: Float[Array, "b t i"]) -> list[Float[Array, "b t o"]]:
         """All products of the site in one call."""
         assert self.packed is not None
         tree, outputs, implementation = self.packed
-        linear = jax.tree.unflatten(tree, [getattr(self, f"packed_{i}")[...] for i in range(tree.num_leaves)])
+        arrays = [getattr(self, f"packed_{i}")[...] for i in range(tree.num_leaves)]
         interpreted = implementation == "tpu_interpret"
-        y = tpu.apply(
-            x,
-            linear,
-            self.form.activation_scale,
-            layer=self.layer[...],
+        run = functools.partial(
+            tpu.apply,
+            activation_scale=self.form.activation_scale,
             generation=INTERPRETED_AS if interpreted else None,
             interpret=interpreted,
         )
-        return jnp.split(y, np.cumsum(outputs)[:-1].tolist(), axis=-1)
+        if self.partition is None:
+            y = run(x, jax.tree.unflatten(tree, arrays), layer=self.layer[...])
+            return jnp.split(y, np.cumsum(outputs)[:-1].tolist(), axis=-1)
+        inter = getattr(self, "inter", None)  # kept where no kernel can run it
+        if inter is not None:
+            # Rounded between the stages, as the kernel does.
+            x = self.partition.mix_blocks(self.site, padded(x, self.features), inter[...]).astype(x.dtype)
+        return mesh_kernels.apply(self.partition, self.site, run, x, tree, arrays, outputs, self.layer[...])
 
     def rotation(self) -> TwoLevelRotation | None:
         """The rotation that runs online, if there is one."""
@@ -258,6 +252,8 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: DecoderConfig, formats: Formats, init: _Init):
         self.config = config
+        self.values_rotated = False  # by the weights of v and o: see cache.fold_values
+        self.partition: Partition | None = None
         self.attn_in_norm = nnx.Param(init.constant(1.0, (config.hidden_size,)))
         self.mlp_in_norm = nnx.Param(init.constant(1.0, (config.hidden_size,)))
         if config.qk_norm:
@@ -273,26 +269,34 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "b t H"],
         rope: tuple[Float[Array, "*b t d"], Float[Array, "*b t d"]],
         *,
-        cache: tuple[Float[Array, "L b s g d"], Float[Array, "L b s g d"], Int32[Array, ""]] | None = None,
+        cache: tuple[Stored, Stored, Int32[Array, ""]] | None = None,
+        rotated: bool = False,
         start: Int32[Array, ""] | Int32[Array, " b"] | int = 0,
         tap: Tap | None = None,
-    ) -> tuple[Float[Array, "b t H"], tuple[Array, Array]]:
+    ) -> tuple[Float[Array, "b t H"], tuple[Stored, Stored]]:
         """The layer's output, and its keys and values; with a cache the whole cache, these tokens' written into it.
 
         Args:
           x: residual stream.
           rope: cosines and sines of the tokens' positions.
           cache: keys and values of all layers with room for these tokens at ``start``, and this layer's index.
+          rotated: whether the cache's heads are rotated.
           start: position of the first token of ``x``, or of the first token of each row.
           tap: see :data:`Tap`.
         """
         eps = self.config.norm_eps
-        attended, kept = self._attention(rms_norm(x, self.attn_in_norm[...], eps), rope, cache, start, tap)
-        x = x + self.attn_out(attended, tap)[0]
+        normed = rms_norm(x, self.attn_in_norm[...], eps)
+        attended, kept = self._attention(normed, rope, cache, rotated, start, tap)
+        x = self._divided(x + self.attn_out(attended, tap)[0], None)
         gate, up = self.mlp_in(rms_norm(x, self.mlp_in_norm[...], eps), tap)
-        return x + self.mlp_out(jax.nn.silu(gate) * up, tap)[0], kept
+        hidden = self._divided(jax.nn.silu(gate) * up, "mlp")
+        return self._divided(x + self.mlp_out(hidden, tap)[0], None), kept
 
-    def _attention(self, x: Array, rope: Any, cache: Any, start: Any, tap: Any) -> Any:
+    def _divided(self, x: Array, *names: str | None) -> Array:
+        """``x [b, t, ...]`` as the mesh has it, if there is one; ``names`` are the logical axes after these two."""
+        return constrain(self.partition, x, "batch", None, *names)
+
+    def _attention(self, x: Array, rope: Any, cache: Any, rotated: bool, start: Any, tap: Any) -> Any:
         config = self.config
         b, t, _ = x.shape
         q, k, v = self.attn_in(x, tap)
@@ -303,12 +307,23 @@ class DecoderLayer(nnx.Module):
             q = rms_norm(q, self.q_norm[...], config.norm_eps)
             k = rms_norm(k, self.k_norm[...], config.norm_eps)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        kept = (k, v)
-        if cache is not None:
-            *stores, index = cache
-            kept = (_store(stores[0], k, index, start), _store(stores[1], v, index, start))
-            k, v = (jax.lax.dynamic_index_in_dim(store, index, keepdims=False) for store in kept)
-        return attention(q, k, v, start).reshape(b, t, -1), kept
+        q = self._divided(q, "heads", None)
+        k, v = (self._divided(a, "kv_heads", None) for a in (k, v))
+        if cache is None:
+            out, kept = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), start), (k, v)
+            return self._divided(out.reshape(b, t, -1), "heads"), kept
+        values_turn = rotated and not self.values_rotated
+        if rotated:
+            q, k = rotate_heads(q), rotate_heads(k)
+        if values_turn:
+            v = rotate_heads(v)
+        *stores, index = cache
+        own = self.partition
+        written = tuple(kv_cache.write(s, n, index, start, own) for s, n in zip(stores, (k, v), strict=True))
+        k, v = (kv_cache.decode(kv_cache.layer(store, index), q.dtype) for store in written)
+        out = attention(q, k, v, start)
+        out = rotate_heads(out) if values_turn else out
+        return self._divided(out.reshape(b, t, -1), "heads"), written
 
 
 class Decoder(nnx.Module):
@@ -333,6 +348,8 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         self.config, self.dtype = config, jnp.dtype(dtype)
+        self.kv: str | None = None  # the cache's format; None for the activations' dtype
+        self.partition: Partition | None = None
         init = _Init(None if rngs is None else rngs.params())
         self.embed = nnx.Param(init.weight((config.vocab_size, config.hidden_size)))
         self.norm = nnx.Param(init.constant(1.0, (config.hidden_size,)))
@@ -363,13 +380,13 @@ class Decoder(nnx.Module):
         """
         if cache is not None:
             used = 0 if isinstance(cache.length, jax.core.Tracer) else int(np.max(cache.length))
-            room = cache.keys.shape[2]
+            room = cache.room
             if used + tokens.shape[1] > room:
                 raise TorqError(
                     f"the cache has room for {room} tokens and holds {used}: {tokens.shape[1]} more do not fit; "
                     "make a longer one with init_cache"
                 )
-        x = self.embed[...][tokens].astype(self.dtype)
+        x = constrain(self.partition, self.embed[...][tokens].astype(self.dtype), "batch", None, None)
         start = jnp.int32(0) if cache is None else cache.length
         rope = rope_tables(self.config, _positions(start, 0, tokens.shape[1]))
         stacks = self.stacks()
@@ -387,7 +404,8 @@ class Decoder(nnx.Module):
             # The whole cache is carried and updated in place; as a scanned output it would be copied.
             x, keys, values = carry
             index, state = scanned
-            x, kept = nnx.merge(graph, whole, state)(x, rope, cache=(keys, values, index), start=start)
+            layer = nnx.merge(graph, whole, state)
+            x, kept = layer(x, rope, cache=(keys, values, index), rotated=cache.rotated, start=start)
             return (x, *kept), None
 
         carry, first = (x, cache.keys, cache.values), 0
@@ -397,7 +415,7 @@ class Decoder(nnx.Module):
             carry, _ = jax.lax.scan(functools.partial(cached_layer, graph, whole), carry, (indices, state))
             first += count
         x, keys, values = carry
-        return x, KVCache(keys, values, start + tokens.shape[1])
+        return x, dataclasses.replace(cache, keys=keys, values=values, length=start + tokens.shape[1])
 
     def stacks(self) -> list[DecoderLayer]:
         """The stacks of layers, one for each run."""
@@ -414,12 +432,32 @@ class Decoder(nnx.Module):
         head = self.embed if self.config.tie_embeddings else self.lm_head
         return logits(x, self.norm[...], head[...], self.config.norm_eps)
 
-    def init_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:
-        """An empty cache with room for ``length`` tokens, in the model's dtype unless another is given."""
+    def init_cache(
+        self,
+        batch: int,
+        length: int,
+        dtype: Any = None,
+        *,
+        kv: str | None = None,
+        rotate: bool | None = None,
+    ) -> KVCache:
+        """An empty cache with room for ``length`` tokens.
+
+        Args:
+          batch: rows.
+          length: slots of each.
+          dtype: of keys and values where no format is given; the model's when None.
+          kv: one of :data:`torq_jax.cache.FORMATS`; None for the model's own ``kv``, and without one for ``dtype``.
+          rotate: whether heads are rotated; None where they are rounded to blocks.
+
+        Raises:
+          TorqError: a format that does not exist, or whose blocks a head does not fill.
+        """
         c = self.config
-        shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
-        zeros = jnp.zeros(shape, self.dtype if dtype is None else dtype)
-        return KVCache(zeros, jnp.zeros_like(zeros), jnp.int32(0))
+        shape = (c.num_layers, batch, c.num_kv_heads, length, c.head_dim)
+        kv = self.kv if kv is None and dtype is None else kv
+        dtype = self.dtype if dtype is None else dtype
+        return kv_cache.empty(shape, dtype, kv, rotate, self.partition)
 
 
 def _split(stack: DecoderLayer) -> tuple[Any, Any, Any]:
@@ -528,8 +566,11 @@ def pack(model: Decoder, implementation: str | None = None) -> Decoder:
             reason = unfit(weights[0], site.form.activation_scale, site.form.activations)
             kind = None
             if reason is None:
-                each = [jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), weight) for weight in weights]
-                kind = tpu.best_kind(each, generation)
+                if site.partition is None:
+                    each = [jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), w) for w in weights]
+                    kind = tpu.best_kind(each, generation)
+                else:
+                    kind = mesh_kernels.best_kind(weights, generation)
                 reason = "scales of an output are too far apart for their layout"
             if kind is None:
                 left[name] = str(reason)
@@ -538,6 +579,18 @@ def pack(model: Decoder, implementation: str | None = None) -> Decoder:
     for name, reason in left.items():
         _log.warning("site %s runs as XLA compiles it, not on the TPU kernels: %s", name, reason)
     return model
+
+
+def divide(model: Decoder, own: Partition) -> Decoder:
+    """``model`` told of the mesh that its parameters lie on; it is changed."""
+    for module in (model, *model.stacks(), *(getattr(s, name) for s in model.stacks() for name in SITES)):
+        module.partition = own
+    return model
+
+
+def _one_layer(stacked: Any) -> Any:
+    """Shape and dtype of one layer's array out of a stack."""
+    return None if stacked is None else jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype)
 
 
 def rms_norm(x: Float[Array, "*b n"], scale: Float[Array, " n"], eps: float) -> Float[Array, "*b n"]:
@@ -582,25 +635,10 @@ def _positions(
     return jnp.asarray(start, jnp.int32)[..., None] + jnp.arange(first, last, dtype=jnp.int32)
 
 
-def _store(
-    store: Float[Array, "L b s g d"],
-    new: Float[Array, "b t g d"],
-    index: Int32[Array, ""],
-    start: Int32[Array, ""] | Int32[Array, " b"] | int,
-) -> Float[Array, "L b s g d"]:
-    """``store`` with ``new`` written into layer ``index`` from ``start`` on, in each row from its own."""
-    new = new.astype(store.dtype)
-    if jnp.ndim(start) == 0:
-        return jax.lax.dynamic_update_slice(store, new[None], (index, 0, start, 0, 0))
-    rows = jnp.arange(new.shape[0])[:, None]
-    # A row whose slots are all used writes nowhere; an update of a slice would move back onto its last slot.
-    return store.at[index, rows, _positions(start, 0, new.shape[1])].set(new, mode="drop")
-
-
 def attention(
     q: Float[Array, "b t h d"],
-    k: Float[Array, "b s g d"],
-    v: Float[Array, "b s g d"],
+    k: Float[Array, "b g s d"],
+    v: Float[Array, "b g s d"],
     start: Int32[Array, ""] | Int32[Array, " b"] | int = 0,
 ) -> Float[Array, "b t h d"]:
     """Causal grouped-query attention; query i sits at position ``start + i`` (of its row), key j at position j.
@@ -608,25 +646,26 @@ def attention(
     Scores are in float32, those of :data:`QUERY_CHUNK` queries at a time. Where the queries are known to
     start the sequence, a chunk skips the keys that lie after it.
     """
-    t, s = q.shape[1], k.shape[1]
+    t, s = q.shape[1], k.shape[2]
     from_the_start = isinstance(start, int) and start == 0 and s == t
     chunks = []
     for first in range(0, t, QUERY_CHUNK):
         last = min(first + QUERY_CHUNK, t)
         seen = last if from_the_start else s
         positions = _positions(start, first, last)
-        chunks.append(_attend(q[:, first:last], k[:, :seen], v[:, :seen], positions))
+        chunks.append(_attend(q[:, first:last], k[:, :, :seen], v[:, :, :seen], positions))
     return chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=1)
 
 
 def _attend(q: Array, k: Array, v: Array, positions: Int32[Array, "*b t"]) -> Array:
     b, t, h, d = q.shape
-    g, r = k.shape[2], h // k.shape[2]
+    g, r = k.shape[1], h // k.shape[1]
     # The queries of all heads that share a key head form one matrix: [b, g, r t, d].
     grouped = q.reshape(b, t, g, r, d).transpose(0, 2, 3, 1, 4).reshape(b, g, r * t, d)
-    k, v = k.astype(q.dtype).transpose(0, 2, 3, 1), v.astype(q.dtype).transpose(0, 2, 1, 3)
-    scores = jnp.matmul(grouped, k, precision=precision(q.dtype), preferred_element_type=jnp.float32)
-    seen: Bool[Array, "*b t s"] = jnp.arange(k.shape[-1]) <= positions[..., None]
+    scores = jnp.einsum(
+        "bgnd,bgsd->bgns", grouped, k, precision=precision(q.dtype), preferred_element_type=jnp.float32
+    )
+    seen: Bool[Array, "*b t s"] = jnp.arange(k.shape[2]) <= positions[..., None]
     seen = jnp.expand_dims(seen, (-4, -3))  # as [g, r] of the scores: [*b, 1, 1, t, s]
     scores = scores.reshape(b, g, r, t, -1) * (1.0 / np.sqrt(d))
     scores = jnp.where(seen, scores, -jnp.inf)

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from torq_jax import decoder
+from torq_jax import decoder, sharding
 from torq_jax.decoder import Decoder
 from torq_jax.errors import TorqError
 
@@ -163,12 +163,22 @@ def negative_log_likelihood(
     return jnp.moveaxis(jax.lax.map(score, split), 0, 1).reshape(b, -1)[:, :t]
 
 
-def window_losses(model: Decoder, windows: Int32[np.ndarray, "w t"]) -> Float[np.ndarray, "w t-1"]:
+def window_losses(
+    model: Decoder, windows: Int32[np.ndarray, "w t"], *, kv: str | None = None, rotate: bool | None = None
+) -> Float[np.ndarray, "w t-1"]:
     """Negative log-likelihood in nats of every token but the first of each window, each window on its own.
 
+    Args:
+      model: a decoder.
+      windows: token ids.
+      kv: a cache's format (:data:`torq_jax.cache.FORMATS`) through which every key and value goes, those of a token
+        itself too, as in generation; None for the model's own, and without one for none.
+      rotate: as in :meth:`~torq_jax.decoder.Decoder.init_cache`.
+
     Raises:
-      TorqError: a token outside the vocabulary.
+      TorqError: a token outside the vocabulary, or a format that the model cannot have.
     """
+    kv = model.kv if kv is None else kv
     c = model.config
     check_vocabulary(windows, c.vocab_size)
     graph, state = nnx.split(model)
@@ -177,10 +187,21 @@ def window_losses(model: Decoder, windows: Int32[np.ndarray, "w t"]) -> Float[np
     def run(state: Any, tokens: Array) -> Array:
         model = nnx.merge(graph, state)
         head = model.embed if c.tie_embeddings else model.lm_head
-        hidden, _ = model.hidden(tokens)
-        return negative_log_likelihood(hidden, tokens, model.norm[...], head[...], eps=c.norm_eps)
+        cache = None if kv is None else model.init_cache(*tokens.shape, kv=kv, rotate=rotate)
+        hidden, _ = model.hidden(tokens, cache)
+        losses = negative_log_likelihood(hidden, tokens, model.norm[...], head[...], eps=c.norm_eps)
+        return sharding.replicate(model.partition, losses)
 
-    return np.concatenate([np.asarray(run(state, jnp.asarray(w[None]))) for w in windows])
+    own = model.partition
+    rows = 1 if own is None else own.batch(1)  # one on each part of a mesh's data axis
+    parts = []
+    for first in range(0, len(windows), rows):
+        part = windows[first : first + rows]
+        whole = np.concatenate(
+            [part, np.repeat(part[:1], rows - len(part), axis=0)]
+        )  # the last may lack some
+        parts.append(np.asarray(run(state, sharding.put(own, whole, "batch", None)))[: len(part)])
+    return np.concatenate(parts)
 
 
 def read_windows(
@@ -222,7 +243,7 @@ def perplexity(
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    from torq_jax.checkpoint import load
+    from torq_jax.checkpoint import add_inference_options, load
 
     parser = argparse.ArgumentParser("python -m torq_jax.evaluate", description=__doc__)
     parser.add_argument("directory", help="checkpoint that python -m convert wrote")
@@ -230,9 +251,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--window", type=int, default=1024, help="tokens a window (default: %(default)s)")
     parser.add_argument("--windows", type=int, help="how many windows, from the start (default: all)")
     parser.add_argument("--joined", choices=JOINS, default="raw", help="how the file becomes one text")
+    add_inference_options(parser)
     options = parser.parse_args(argv)
     try:
-        model, tokenizer, _ = load(options.directory)
+        model, tokenizer, _ = load(
+            options.directory, kv=options.kv, dequantize=False if options.packed else None, mesh=options.mesh
+        )
         if tokenizer is None:
             raise TorqError(f"{options.directory} has no tokenizer: text cannot be scored")
         value, protocol = perplexity(
@@ -247,6 +271,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"perplexity {value:.4f}\nprotocol   {protocol}")
+    if options.kv is not None:
+        print(f"kv cache   {options.kv}")
     return 0
 
 

@@ -23,10 +23,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
+from torq_jax import cache as kv_cache
 from torq_jax import detokenize
-from torq_jax.decoder import Decoder, KVCache
+from torq_jax.cache import KVCache
+from torq_jax.decoder import Decoder
 from torq_jax.errors import TorqError
 from torq_jax.sampling import RowSettings, Sampling, choose, row_settings, sample
+from torq_jax.sharding import constrain, put, replicate
 
 __all__ = [
     "Generated",
@@ -83,6 +86,7 @@ def generate(
     tokenizer: Any = None,
     special_tokens: bool = True,
     batch: int | None = None,
+    kv: str | None = None,
 ) -> list[Generated]:
     """What follows each of several prompts, which are run together.
 
@@ -97,18 +101,23 @@ def generate(
       special_tokens: let the tokenizer add its own to prompts that are texts; not for a :func:`chat_prompt`, which
         holds them already.
       batch: most prompts that run together; all when None. With fewer, the last batch is filled up with empty rows.
+        On a mesh, every batch is filled up to what divides evenly.
+      kv: what keys and values are stored in, one of :data:`torq_jax.cache.FORMATS`; None for the model's own.
 
     Returns:
       One result for each prompt, in order.
 
     Raises:
       TorqError: prompts that are no list, an empty one, one longer than the model's positions, a token outside the
-        vocabulary, texts or stop strings without a tokenizer, or not as many samplings as prompts.
+        vocabulary, texts or stop strings without a tokenizer, not as many samplings as prompts, or a cache format
+        that the model cannot have.
     """
     tokens: list[list[int]] = [[] for _ in prompts]
     texts: list[list[str]] = [[] for _ in prompts]
     stopped: dict[int, Stop] = {}
-    pieces = stream(model, prompts, sampling, tokenizer=tokenizer, special_tokens=special_tokens, batch=batch)
+    pieces = stream(
+        model, prompts, sampling, tokenizer=tokenizer, special_tokens=special_tokens, batch=batch, kv=kv
+    )
     for piece in pieces:
         if piece.token is not None:
             tokens[piece.row].append(piece.token)
@@ -129,6 +138,7 @@ def stream(
     tokenizer: Any = None,
     special_tokens: bool = True,
     batch: int | None = None,
+    kv: str | None = None,
 ) -> Iterator[Piece]:
     """As :func:`generate`, but each token as it is made: one of every row that still goes on, and again.
 
@@ -146,10 +156,13 @@ def stream(
         raise TorqError(f"batch is {batch}: must be 1 at least")
     if tokenizer is None and any(s.stop for s in samplings):
         raise TorqError("stop strings need the tokenizer: pass tokenizer=")
+    kv_cache.check_format(kv, model.config.head_dim)
     encoded = [_encode(p, tokenizer, special_tokens) for p in prompts]
     for tokens in encoded:
         _check(tokens, model)
-    return _stream(model, encoded, samplings, tokenizer, batch or max(1, len(prompts)))
+    rows = batch or max(1, len(prompts))
+    rows = rows if model.partition is None else model.partition.batch(rows)
+    return _stream(model, encoded, samplings, tokenizer, rows, kv)
 
 
 def generate_tokens(
@@ -272,6 +285,9 @@ class _Ends:
     eos: Int32[Array, " e"]
 
 
+_SEEN = ("batch", "vocab")
+"""Logical axes of which tokens each row has, on a mesh."""
+
 jax.tree_util.register_dataclass(_Rows, ["token", "made", "done"], [])
 jax.tree_util.register_dataclass(_Ends, ["limit", "eos"], [])
 
@@ -312,11 +328,13 @@ def _prefill(
 ) -> tuple[KVCache, Float[Array, "b H"]]:
     """Put a piece of the prompts into the cache; ``last`` takes the rows whose prompt ends within it."""
     at = lengths - 1 - cache.length
-    hidden, filled = structure.model(leaves).hidden(tokens, cache)
+    model = structure.model(leaves)
+    hidden, filled = model.hidden(tokens, cache)
     assert filled is not None  # there was one
     ends = (at >= 0) & (at < tokens.shape[1])
     own = jnp.take_along_axis(hidden, jnp.clip(at, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
-    return filled, jnp.where(ends[:, None], own, last)
+    last = constrain(model.partition, jnp.where(ends[:, None], own, last), "batch", None)
+    return dataclasses.replace(filled, length=replicate(model.partition, filled.length)), last
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -327,11 +345,14 @@ def _decode(
 
     Returns the cache, the residual stream at these tokens, and the rows, those that were stopped done.
     """
-    hidden, filled = structure.model(leaves).hidden(rows.token[:, None], cache)
+    model = structure.model(leaves)
+    hidden, filled = model.hidden(rows.token[:, None], cache)
     assert filled is not None  # there was one
     rows = dataclasses.replace(rows, done=rows.done | stopped)
     length = jnp.where(rows.done, cache.length, filled.length)
-    return dataclasses.replace(filled, length=length), hidden[:, 0], rows
+    length, rows = replicate(model.partition, (length, rows))
+    last = constrain(model.partition, hidden[:, 0], "batch", None)
+    return dataclasses.replace(filled, length=length), last, rows
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -348,22 +369,28 @@ def _choose(
 
     A program of its own: it takes as long to compile as the layers, and serves prefill and decode at any length.
     """
-    logits = structure.model(leaves).logits(hidden)
+    model = structure.model(leaves)
+    logits = model.logits(hidden)
     token = jnp.where(rows.done, rows.token, choose(logits, seen, rows.made, settings))
     made = rows.made + ~rows.done
     seen = seen.at[jnp.arange(len(token)), token].set(True)
     done = rows.done | jnp.isin(token, ends.eos) | (made >= ends.limit)
-    return seen, _Rows(token, made, done)
+    return constrain(model.partition, seen, *_SEEN), replicate(model.partition, _Rows(token, made, done))
 
 
 def _stream(
-    model: Decoder, prompts: list[list[int]], samplings: list[Sampling], tokenizer: Any, batch: int
+    model: Decoder,
+    prompts: list[list[int]],
+    samplings: list[Sampling],
+    tokenizer: Any,
+    batch: int,
+    kv: str | None,
 ) -> Iterator[Piece]:
     split = _split(model)
     positions = model.config.max_position_embeddings
     for first in range(0, len(prompts), batch):
         part = slice(first, first + batch)
-        for piece in _run(model, split, prompts[part], samplings[part], tokenizer, batch):
+        for piece in _run(model, split, prompts[part], samplings[part], tokenizer, batch, kv):
             row = first + piece.row
             if piece.stopped == "positions":
                 _log.warning(
@@ -388,6 +415,7 @@ def _run(
     samplings: list[Sampling],
     tokenizer: Any,
     batch: int,
+    kv: str | None,
 ) -> Iterator[Piece]:
     """The pieces of one batch, of ``batch`` rows of which those after the prompts are empty."""
     positions, eos = model.config.max_position_embeddings, model.config.eos_token_ids
@@ -403,11 +431,12 @@ def _run(
 
     empty = batch - len(prompts)
     filled, bounds = [*prompts, *[[0]] * empty], np.array([*limits, *[0] * empty], np.int32)
-    settings = row_settings([*samplings, *[Sampling()] * empty])
-    ends = _Ends(jnp.asarray(bounds), jnp.asarray(np.array(eos or [-1], np.int32)))
-    none = jnp.asarray(np.zeros(batch, np.int32))
-    rows = _Rows(none, none, jnp.asarray(bounds == 0))
-    cache, hidden, seen = _prompts_read(model, split, filled, bounds)
+    on_device = functools.partial(put, model.partition)
+    settings = on_device(row_settings([*samplings, *[Sampling()] * empty]))
+    ends = _Ends(on_device(bounds), on_device(np.array(eos or [-1], np.int32)))
+    none = on_device(np.zeros(batch, np.int32))
+    rows = _Rows(none, none, on_device(bounds == 0))
+    cache, hidden, seen = _prompts_read(model, split, filled, bounds, kv)
     seen, rows = _choose(*split, hidden, seen, rows, settings, ends)
 
     stopped = np.zeros(batch, bool)
@@ -415,7 +444,7 @@ def _run(
 
     def step(rows: _Rows) -> _Rows:
         nonlocal cache, seen
-        known = jnp.asarray(stopped.copy())  # the array itself goes on changing
+        known = on_device(stopped.copy())  # the array itself goes on changing
         cache, hidden, rows = _decode(*split, cache, rows, known)
         seen, rows = _choose(*split, hidden, seen, rows, settings, ends)
         return rows
@@ -442,6 +471,7 @@ def _prompts_read(
     split: tuple[_Structure, list[Array]],
     prompts: list[list[int]],
     limits: Int32[np.ndarray, " b"],
+    kv: str | None,
 ) -> tuple[KVCache, Float[Array, "b H"], Bool[Array, "b V"]]:
     """Run the prompts.
 
@@ -457,12 +487,14 @@ def _prompts_read(
         tokens[row, : len(prompt)] = prompt
         seen[row, prompt] = True
     room = bucket(max(int((lengths + limits).max()), tokens.shape[1]))
-    cache = model.init_cache(len(prompts), room)
-    last = jnp.zeros((len(prompts), model.config.hidden_size), model.dtype)
+    on_device = functools.partial(put, model.partition)
+    cache = model.init_cache(len(prompts), room, kv=kv)
+    cache = dataclasses.replace(cache, length=on_device(cache.length))
+    last = on_device(np.zeros((len(prompts), model.config.hidden_size), model.dtype), "batch", None)
     for start, width in zip(starts, widths, strict=True):
-        piece = jnp.asarray(tokens[:, start : start + width])
-        cache, last = _prefill(*split, piece, cache, last, jnp.asarray(lengths))
-    return dataclasses.replace(cache, length=jnp.asarray(lengths)), last, jnp.asarray(seen)
+        piece = on_device(tokens[:, start : start + width])
+        cache, last = _prefill(*split, piece, cache, last, on_device(lengths))
+    return dataclasses.replace(cache, length=on_device(lengths)), last, on_device(seen, *_SEEN)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -204,11 +204,7 @@ def prepare(
     size = x.shape[-1] if transform is None else transform.features
     if activation_scale is not None:
         size = mxfp4.padded_size(size)
-    # Only a last block that is not whole is filled up: any other difference is a mistake.
-    if not 0 <= size - x.shape[-1] < mxfp4.BLOCK:
-        raise TorqError(f"activations have {x.shape[-1]} features, the rotation {size}")
-    if size > x.shape[-1]:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
+    x = padded(x, size)
     if transform is not None:
         x = rotation.rotate(x, transform)
     if activation_scale is not None:
@@ -216,6 +212,17 @@ def prepare(
         cast: Any = mxfp4.quantize_dequantize if activation_format == "mxfp4" else mxfp8.quantize_dequantize
         x = cast(x, activation_scale)
     return x
+
+
+def padded(x: Float[Array, "*batch features"], size: int) -> Float[Array, "*batch size"]:
+    """``x`` with its last block filled up with zeros.
+
+    Raises:
+      TorqError: any other difference of sizes, which is a mistake.
+    """
+    if not 0 <= size - x.shape[-1] < mxfp4.BLOCK:
+        raise TorqError(f"activations have {x.shape[-1]} features, the rotation {size}")
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])]) if size > x.shape[-1] else x
 
 
 def dot(

@@ -137,8 +137,13 @@ def _apply_inter(x: jax.Array, inter: jax.Array | None, features: int) -> jax.Ar
     """``x [..., d]`` -> ``[..., d]``, accumulated in at least float32."""
     if inter is None:
         return x
-    blocks, size = features // POSITIONS, inter.shape[-1]
-    grouped = x.reshape(*x.shape[:-1], blocks // size, size, POSITIONS)  # [..., n, g, k]
+    return mix_blocks(x.reshape(*x.shape[:-1], features // POSITIONS, POSITIONS), inter).reshape(x.shape)
+
+
+def mix_blocks(x: jax.Array, inter: jax.Array) -> jax.Array:
+    """The stage between blocks alone: ``x [..., B, 32]`` -> ``[..., B, 32]``, accumulated in at least float32."""
+    blocks, size = x.shape[-2], inter.shape[-1]
+    grouped = x.reshape(*x.shape[:-2], blocks // size, size, POSITIONS)  # [..., n, g, k]
     if by_position(inter.shape, blocks):
         matrix = inter.reshape(POSITIONS, blocks // size, size, size)
         mixed = _einsum("...ngk,kngh->...nhk", grouped, matrix)

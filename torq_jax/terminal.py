@@ -109,11 +109,15 @@ def main(argv: list[str] | None = None) -> int:
     pace = Pace()
     try:
         sampling = _sampling(options)
-        model, tokenizer, _ = load(options.directory)
+        model, tokenizer, _ = load(
+            options.directory, kv=options.kv, dequantize=False if options.packed else None, mesh=options.mesh
+        )
         if tokenizer is None:
             raise TorqError(f"{options.directory} has no tokenizer: use generate_tokens from Python")
+        mesh = "" if model.partition is None else f", mesh of {model.partition.describe()}"
         print(
-            f"[{model.implementation} on {jax.default_backend()}, {model.dtype} activations]", file=sys.stderr
+            f"[{model.implementation} on {jax.default_backend()}, {model.dtype} activations{mesh}]",
+            file=sys.stderr,
         )
         with pace.listening():
             _dispatch(model, tokenizer, sampling, options, pace)
@@ -128,6 +132,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from torq_jax.checkpoint import add_inference_options
+
     parser = argparse.ArgumentParser(
         "python -m torq_jax.generate",
         description="Text from a converted model. Without a prompt: a chat in a terminal, or the prompt from a pipe.",
@@ -173,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="the text ends before it")
     parser.add_argument("--seed", type=int, default=0)
+    add_inference_options(parser)
     return parser
 
 

@@ -104,6 +104,22 @@ def stack(linears: Sequence[TPULinear]) -> TPULinear:
     return jax.tree.map(lambda *each: jnp.stack(each), *linears)
 
 
+def pack_stack(
+    weights: Sequence[MXFP4Array], transform: TwoLevelRotation | None, *, dtype: Any, kind: layout.Kind
+) -> TPULinear:
+    """:func:`pack` of every layer, and :func:`stack` of the results: arrays with a leading axis of layers."""
+    each = [
+        pack(
+            [jax.tree.map(lambda a: a[i], weight) for weight in weights],  # noqa: B023
+            jax.tree.map(lambda a: a[i], transform),  # noqa: B023
+            dtype=dtype,
+            kind=kind,
+        )
+        for i in range(weights[0].codes.shape[0])
+    ]
+    return stack(each)
+
+
 def best_kind(weights: Sequence[MXFP4Array], device: str | None = None) -> layout.Kind | None:
     """The fastest layout of a generation that holds all of these weights exactly; None if no layout does.
 
