@@ -39,9 +39,7 @@ def write(path, *, group=2, activation_scale="even", **changes):
     path.mkdir(parents=True)
     writer = checkpoint.CheckpointWriter(path)
     for index in range(config.num_layers):
-        layer = {
-            name: np.ones(config.hidden_size, np.float32) for name in ("attn_in_norm", "mlp_in_norm")
-        }
+        layer = {name: np.ones(config.hidden_size, np.float32) for name in ("attn_in_norm", "mlp_in_norm")}
         layer |= {name: np.ones(config.head_dim, np.float32) for name in ("q_norm", "k_norm")}
         for site in SITES:
             features = config.site_in_features(site)

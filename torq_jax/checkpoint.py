@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -141,15 +142,28 @@ def _without_time_and_place(piece: Path) -> None:
     path.write_text(json.dumps(metadata | {k: 0 for k in metadata if k.endswith("_nsecs")}), encoding="utf-8")
 
 
+class _WithoutAbandoned(logging.Filter):
+    """Drops what asyncio says of Orbax's tasks that failed, or were still at work, when another had failed before."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        told = re.match(r"(\w+ exception was never retrieved|Task was destroyed but it is pending)", said)
+        return not (told and f"{os.sep}orbax{os.sep}checkpoint{os.sep}" in said)
+
+
+_WITHOUT_ABANDONED = _WithoutAbandoned()
+
+
 @contextlib.contextmanager
 def _quiet_failures() -> Iterator[None]:
     """Keep a failed write or read from filling the terminal: its error is raised, and needs no log beside it.
 
-    Orbax logs it once more with its stack, and every other one that was under way then finds its event loop
-    closed and says so through the interpreter's hook, from a thread of its own.
+    Orbax logs it once more with its stack. Of the others that were under way, one that fails in the event loop's last
+    round is logged by asyncio when it is collected, and every later one finds the loop closed and says so through the
+    interpreter's hook, from a thread of its own.
     """
-    hook, logger = sys.unraisablehook, logging.getLogger("absl")
-    level = logger.level
+    hook, logger, tasks = sys.unraisablehook, logging.getLogger("absl"), logging.getLogger("asyncio")
+    level, stayed = logger.level, _WITHOUT_ABANDONED in tasks.filters
 
     def without_closed_loops(caught: Any) -> None:
         if not (caught.exc_type is RuntimeError and "Event loop is closed" in str(caught.exc_value)):
@@ -157,9 +171,13 @@ def _quiet_failures() -> Iterator[None]:
 
     sys.unraisablehook = without_closed_loops
     logger.setLevel(logging.CRITICAL)
+    tasks.addFilter(_WITHOUT_ABANDONED)
     try:
         yield
-        sys.unraisablehook = hook  # after a failure it stays: those under way may end at any time
+        # After a failure both stay: those under way may end, and be collected, at any time.
+        sys.unraisablehook = hook
+        if not stayed:
+            tasks.removeFilter(_WITHOUT_ABANDONED)
     finally:
         logger.setLevel(level)
 
@@ -502,6 +520,8 @@ def _first_line(error: BaseException) -> str:
 def reason(error: BaseException) -> str:
     """The operating system's own words where tensorstore quotes them in the middle of its."""
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    quoted = re.search(r": ([^:\[]+) \[os_error_code", str(error))
-    return quoted[1] if quoted else _first_line(error)
+        words = error.strerror
+    else:
+        quoted = re.search(r": ([^:\[]+) \[os_error_code", str(error))
+        words = quoted[1] if quoted else _first_line(error)
+    return f"the disk is full: {words}" if words == os.strerror(errno.ENOSPC) else words
