@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe
-from pallas_kernels import blackwell, hopper, layout, portable, reference
-from torq_jax import mxfp4
+from pallas_kernels import hopper, portable, reference
+from torq_jax import gpu, mxfp4
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
 ROWS = (1, 16, 64, 256, 1024, 2048)
@@ -57,9 +57,8 @@ def available(capability: tuple[int, int] | None) -> list[str]:
     """Implementations for a compute capability, the one made for it first; all of them, to interpret, for None."""
     if capability is None:
         new = jax.__version_info__[:2] >= hopper.LEAST_JAX
-        return ["portable", *(["hopper", "blackwell"] if new else [])]
-    own = {9: "hopper", 10: "blackwell"}.get(capability[0])
-    return [*([own] if own else []), "portable"]
+        return ["portable", *(gpu.CAPABILITY if new else [])]
+    return [*(kind for kind, needed in gpu.CAPABILITY.items() if needed == capability), "portable"]
 
 
 def exact_case(m: int, k: int, n: int, inter: Any, intra: Any, dtype: str) -> tuple[Any, ...]:
@@ -84,11 +83,7 @@ def interpreter(name: str) -> Any:
 
 def pack(name: str, w: mxfp4.MXFP4Array) -> Any:
     """A weight as an implementation reads it."""
-    if name == "hopper":
-        return layout.to_hopper(w.codes, w.scales)
-    if name == "blackwell":
-        return layout.to_blackwell(w.codes, w.scales)
-    return w.codes, w.scales
+    return gpu.LAYOUTS[name](w.codes, w.scales)
 
 
 def product(
@@ -97,16 +92,16 @@ def product(
     """``round(rotate(x)) @ weight.T`` by an implementation, N as padded."""
     if name == "portable":
         return portable.rotate_quantize_matmul(x, inter, intra, *weight, rule=rule, interpret=interpret)
-    call = hopper.rotate_quantize_matmul if name == "hopper" else blackwell.rotate_quantize_matmul
-    options = {"cores": 2, "interpret": interpreter(name)} if interpret else {}
-    return call(x, inter, intra, weight, rule=rule, **options)
+    options = {"cores": 2, "interpret": interpreter(name)} if interpret else {"cores": gpu.cores(name)}
+    return gpu.product_of(name)(x, inter, intra, weight, rule=rule, **options)
 
 
 def check(name: str, case: tuple[Any, ...], interpret: bool) -> dict[str, Any]:
     """Codes and product of a case against the reference: what differs, and whether it may."""
     m, k, n, inter_shape, intra_shape, rule, dtype = case
-    if name == "blackwell" and rule is None:
-        return {"skipped": "block-scaled products take MXFP4 activations"}
+    reason = gpu.unfit(name, rule, dtype)
+    if reason is not None:
+        return {"skipped": reason}
     x, inter, intra, w = exact_case(m, k, n, inter_shape, intra_shape, dtype)
     z = reference.rotate(x, inter, intra)
     result: dict[str, Any] = {}
@@ -120,7 +115,8 @@ def check(name: str, case: tuple[Any, ...], interpret: bool) -> dict[str, Any]:
     size = reference.multiply(jnp.abs(rounded), jnp.abs(mxfp4.dequantize(w)))
     y = product(name, x, inter, intra, pack(name, w), rule, interpret)[:, :n].astype(jnp.float32)
     # Products are exact; k sums in float32, in another order, and one rounding of the result.
-    bound = (k + 1) * 2.0**-24 * size + jnp.finfo(dtype).eps / 2 * jnp.abs(expected)
+    error = (k + 1) * 2.0**-24 + gpu.INEXACT.get(name, 0)
+    bound = error * size + jnp.finfo(dtype).eps / 2 * jnp.abs(expected)
     wrong = ~(jnp.abs(y - expected) <= bound * (1 + 2**-6))
     result["products_wrong"] = int(wrong.sum())
     result["relative_error"] = float(jnp.linalg.norm(y - expected) / jnp.linalg.norm(expected))
@@ -193,7 +189,7 @@ def time_shape(name: str, m: int, k: int, n: int, seconds: float) -> dict[str, A
         "w4a4": lambda w, x, a, b: product(name, x, None, None, w, "even"),
         "w4a4_rotated": lambda w, x, a, b: product(name, x, a, b, w, "even"),
     }
-    if name != "blackwell":
+    if gpu.unfit(name, None, x.dtype) is None:
         calls["w4a16"] = lambda w, x, a, b: product(name, x, None, None, w, None)
     for title, call in calls.items():
         try:
@@ -259,7 +255,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--interpret", action="store_true", help="check small shapes on a CPU, time nothing")
-    parser.add_argument("--only", nargs="+", choices=("hopper", "blackwell", "portable"))
+    parser.add_argument("--only", nargs="+", choices=gpu.KINDS)
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds after which no time is begun")
     parser.add_argument(

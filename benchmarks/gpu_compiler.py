@@ -24,6 +24,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pallas_kernels import portable
+from pallas_kernels.tiles import GPU, GPUS
+
 PATIENCE = 150
 """Seconds that a compilation may take."""
 
@@ -35,16 +38,14 @@ class Target(NamedTuple):
     capability: tuple[int, int]
     accelerated: bool
     """Whether its code is for this capability alone, as wgmma and tcgen05 need."""
+    memory: int
+    """Bytes."""
     cores: int
     shared: int
-    """Bytes of shared memory that a block of threads may take."""
-    memory: int
     bandwidth: float
-    """Bytes a second."""
     clock: float
-    """Cycles a second, such that the tensor cores give the published peak."""
     multiply_adds: int
-    """A cycle and multiprocessor: of bfloat16, on b200 of 4-bit values."""
+    """These as in :class:`pallas_kernels.tiles.GPU`."""
 
     @property
     def architecture(self) -> str:
@@ -52,19 +53,14 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    "a100": Target("NVIDIA A100-SXM4-80GB", (8, 0), False, 108, 166912, 80 << 30, 2.04e12, 1.41e9, 1024),
-    "h100": Target("NVIDIA H100 80GB HBM3", (9, 0), True, 132, 232448, 80 << 30, 3.35e12, 1.83e9, 2048),
-    "b200": Target("NVIDIA B200", (10, 0), True, 148, 232448, 180 << 30, 8.0e12, 1.85e9, 16384),
+    "a100": Target(
+        *("NVIDIA A100-SXM4-80GB", (8, 0), False, 80 << 30), *GPU(108, 166912, 2.04e12, 1.41e9, 1024)
+    ),
+    "h100": Target("NVIDIA H100 80GB HBM3", (9, 0), True, 80 << 30, *GPUS["hopper"]),
+    "b200": Target("NVIDIA B200", (10, 0), True, 180 << 30, *GPUS["blackwell"]),
     "rtx6000": Target(
-        "NVIDIA RTX PRO 6000 Blackwell Server Edition",
-        (12, 0),
-        False,
-        188,
-        101376,
-        96 << 30,
-        1.6e12,
-        2.45e9,
-        512,
+        *("NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0), False, 96 << 30),
+        *GPU(188, 101376, 1.6e12, 2.45e9, 512),
     ),
 }
 
@@ -74,8 +70,8 @@ class Call:
     """What to compile."""
 
     operation: str
-    """'portable', 'rotate' (the portable kernel of the activations; its scales swizzled on b200), 'hopper' or
-    'blackwell'."""
+    """'portable', 'rotate' (the portable kernel of the activations; its scales swizzled on b200), 'hopper',
+    'hopper_e4m3' or 'blackwell'."""
     target: str
     m: int
     k: int
@@ -89,17 +85,25 @@ KERNELS = {
     "portable": "torq_portable_matmul",
     "rotate": "torq_portable_rotate",
     "hopper": "torq_hopper_matmul",
+    "hopper_e4m3": "torq_hopper_e4m3_matmul",
     "blackwell": "torq_blackwell_matmul",
 }
 """The kernel that is looked at, by operation."""
 
-EXPECTED = {"portable": "HMMA", "rotate": "HMMA", "hopper": "HGMMA", "blackwell": "UTCOMMA"}
+EXPECTED = {
+    "portable": "HMMA",
+    "rotate": "HMMA",
+    "hopper": "HGMMA",
+    "hopper_e4m3": "QGMMA",
+    "blackwell": "UTCOMMA",
+}
 """The tensor core's instruction in machine code. On sm_90a Triton makes wgmma of the portable product, too."""
 
 PTX = {
     "portable": r"mma\.sync|wgmma",
     "rotate": r"mma\.sync|wgmma",
     "hopper": "wgmma",
+    "hopper_e4m3": r"wgmma\.mma_async\S*e4m3\.e4m3",
     "blackwell": r"tcgen05\.mma",
 }
 """And in PTX."""
@@ -131,7 +135,7 @@ def compile_call(call: Call) -> dict[str, Any]:
 
     Returns:
       Registers, spilled and stack bytes, shared bytes, ``tensor_ptx`` (tensor instructions in PTX), tiles, seconds,
-      and ``loop``: instructions of the inner loop by name, None without nvdisasm. Or an ``error``.
+      and what :func:`_code` finds in machine code. Or an ``error``.
     """
     reason = missing()
     if reason is not None:
@@ -162,6 +166,9 @@ def compile_call(call: Call) -> dict[str, Any]:
         if "error" not in result:
             result |= _inspect(call, Path(folder))
     return result | {"seconds": round(time.monotonic() - begun, 1)}
+
+
+_TENSOR = r"HGMMA|QGMMA|HMMA|UTC\w*MMA|QMMA|OMMA"
 
 
 def _inspect(call: Call, folder: Path) -> dict[str, Any]:
@@ -197,19 +204,22 @@ def _inspect(call: Call, folder: Path) -> dict[str, Any]:
         "shared": shared,
         "serialized": "wgmma" in log and "serialized" in log,
         "tensor_ptx": len(re.findall(PTX[call.operation], ptx)),
-        "loop": _inner_loop(cubin, call.operation),
+        **_code(cubin),
     }
 
 
-def _inner_loop(cubin: Path, operation: str) -> dict[str, int] | None:
-    """Instructions of the shortest loop around a tensor instruction, by name."""
+def _code(cubin: Path) -> dict[str, Any]:
+    """``loop``: instructions of the shortest loop around a tensor instruction, by name; None without nvdisasm.
+
+    ``instructions``: of the whole kernel. ``loops``: of each loop, and whether a tensor instruction is in it.
+    """
     tool = disassembler()
     if tool is None:
-        return None
+        return {"loop": None, "instructions": None, "loops": None}
     text = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True).stdout
     labels: dict[str, int] = {}
     names: list[str] = []
-    best: list[str] | None = None
+    bodies: list[list[str]] = []
     for line in text.splitlines():
         label = re.match(r"\s*(\.L_x?_?\d+):", line)
         if label:
@@ -220,11 +230,13 @@ def _inner_loop(cubin: Path, operation: str) -> dict[str, int] | None:
         names.append(found.group(1))
         back = re.search(r"`?\(?(\.L_x?_?\d+)", line) if found.group(1) == "BRA" else None
         if back and back.group(1) in labels:
-            body = names[labels[back.group(1)] :]
-            tensor = any(re.match(r"HGMMA|HMMA|UTC\w*MMA|QMMA|OMMA", name) for name in body)
-            if tensor and (best is None or len(body) < len(best)):
-                best = body
-    return None if best is None else dict(collections.Counter(best).most_common())
+            bodies.append(names[labels[back.group(1)] :])
+    with_tensor = [any(re.match(_TENSOR, name) for name in body) for body in bodies]
+    around = [body for body, tensor in zip(bodies, with_tensor, strict=True) if tensor]
+    loop = collections.Counter(min(around, key=len)).most_common() if around else None
+    # A jump to itself, behind the end, is no loop.
+    loops = [[len(body), tensor] for body, tensor in zip(bodies, with_tensor, strict=True) if len(body) > 1]
+    return {"loop": None if loop is None else dict(loop), "instructions": len(names), "loops": loops}
 
 
 def rotation_shapes(k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -245,19 +257,18 @@ def bounds(call: Call, result: dict[str, Any]) -> dict[str, float]:
         matrices = sum(math.prod(shape) for shape in (call.inter, call.intra) if shape is not None)
         moved = call.m * call.k * (2 + 4.25 / 8) + 2 * matrices
         made = {"bytes": moved, "memory_us": moved / target.bandwidth * 1e6}
-        if result.get("loop"):
-            # A program of four warps has 16 rows of 512 features and runs the loop for 32 positions.
-            programs = math.ceil(call.m / 16) * math.ceil(call.k / 512)
-            cycles = math.ceil(programs / target.cores) * 32 * sum(result["loop"].values())
-            made["issue_us"] = cycles / target.clock * 1e6
+        if result.get("loops") is not None:
+            made["issue_us"] = _rotate_cycles(call, result) / target.clock * 1e6
         return made
     weight = call.k * call.n * 4.25 / 8
-    x_bits = 4.25 if call.operation == "blackwell" else 16
+    x_bits = {"blackwell": 4.25, "hopper_e4m3": 8}.get(call.operation, 16)
+    # e4m3 goes at twice bfloat16's rate.
+    rate = target.multiply_adds * (2 if call.operation == "hopper_e4m3" else 1)
     moved = weight + call.m * call.k * x_bits / 8 + 2 * call.m * call.n
     made = {
         "bytes": moved,
         "memory_us": moved / target.bandwidth * 1e6,
-        "tensor_us": call.m * call.k * call.n / target.multiply_adds / target.cores / target.clock * 1e6,
+        "tensor_us": call.m * call.k * call.n / rate / target.cores / target.clock * 1e6,
     }
     tiles = result.get("tiles")
     if tiles is None:
@@ -267,12 +278,26 @@ def bounds(call: Call, result: dict[str, Any]) -> dict[str, float]:
     made["tile_bytes"] = tiles_m * tiles_n * call.k * (rows * x_bits + columns * 4.25) / 8
     # Whole tiles, in rounds of as many as there are multiprocessors.
     rounds = math.ceil(tiles_m * tiles_n * splits / target.cores) / splits
-    made["tensor_us"] = rounds * rows * columns * call.k / target.multiply_adds / target.clock * 1e6
-    if call.operation in ("hopper", "portable") and result.get("loop"):
-        warps, schedulers = 8 if call.operation == "hopper" else 4, 4
+    made["tensor_us"] = rounds * rows * columns * call.k / rate / target.clock * 1e6
+    if call.operation != "blackwell" and result.get("loop"):
+        warps, schedulers = 4 if call.operation == "portable" else 8, 4
         steps = rounds * call.k / depth
         made["issue_us"] = steps * sum(result["loop"].values()) * warps / schedulers / target.clock * 1e6
     return made
+
+
+def _rotate_cycles(call: Call, result: dict[str, Any]) -> float:
+    """Cycles of the activations' kernel, for instructions alone: a program's blocks, and in each the group's in
+    eights, one instruction a cycle and scheduler."""
+    target, blocks, row_tiles = TARGETS[call.target], call.k // 32, math.ceil(call.m / 16)
+    group = call.inter[-1] if call.inter is not None else 1
+    count = portable.blocks_of_program(row_tiles, blocks, group)
+    block_loop = sum(length for length, tensor in result["loops"] if tensor)
+    mixing_loop = sum(length for length, tensor in result["loops"] if not tensor)
+    executed = result["instructions"] + (count - 1) * block_loop
+    executed += count * max(0, group // 8 - 1) * mixing_loop
+    warps = row_tiles * blocks // count * portable.activation_warps(row_tiles, blocks)
+    return math.ceil(warps / (4 * target.cores)) * executed
 
 
 # ---------------------------------------------------------------- the child
@@ -304,7 +329,7 @@ def _compile(call: Call) -> dict[str, Any]:
     from jax.experimental import topologies
     from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
-    from pallas_kernels import blackwell, hopper, layout, portable
+    from pallas_kernels import blackwell, hopper, layout
 
     target = TARGETS[call.target]
     topology = topologies.get_topology_desc(
@@ -335,11 +360,20 @@ def _compile(call: Call) -> dict[str, Any]:
         rotate = portable.rotate_quantize_swizzled if call.target == "b200" else portable.rotate_quantize
         function = lambda *a: rotate(*a, rule=call.rule)  # noqa: E731
         given = [x, *matrices]
-    elif call.operation == "hopper":
-        weight = jax.eval_shape(layout.to_hopper, codes, scales)
-        function = lambda x, *w: hopper.matmul(x, layout.HopperWeight(*w))  # noqa: E731
+    elif call.operation in ("hopper", "hopper_e4m3"):
+        e4m3 = call.operation == "hopper_e4m3"
+        weight = jax.eval_shape(layout.to_hopper_e4m3 if e4m3 else layout.to_hopper, codes, scales)
         given = [x, *(shape(a.shape, a.dtype) for a in weight)]
-        picked = hopper.choose(m, k, n, target.cores)
+        if e4m3:
+            given = [shape((m, k), jnp.float8_e4m3fn), shape((m,), jnp.float32), *given[1:]]
+
+            def function(values: Any, factor: Any, *w: Any) -> Any:
+                rows = hopper.E4M3Rows(values, factor)
+                return hopper.matmul_e4m3(rows, layout.HopperE4M3Weight(*w))
+
+        else:
+            function = lambda x, *w: hopper.matmul(x, layout.HopperWeight(*w))  # noqa: E731
+        picked = hopper.choose(m, k, n, target.cores, e4m3=e4m3)
         tiles = [picked.tokens, layout.HOPPER_ROWS, layout.HOPPER_STEP, picked.splits]
     elif call.operation == "blackwell":
         rows = shape((m, k // 2), jnp.uint8), shape((m, k // 32), jnp.uint8)

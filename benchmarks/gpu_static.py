@@ -26,13 +26,14 @@ SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
 ROWS = (16, 1024)
 OPERATIONS = (
     ("hopper", "h100"),
+    ("hopper_e4m3", "h100"),
     ("blackwell", "b200"),
     ("rotate", "h100"),
     ("rotate", "b200"),
     ("portable", "a100"),
     ("portable", "rtx6000"),
 )
-_TENSOR = ("HGMMA", "UTCOMMA", "HMMA", "QMMA", "OMMA")
+_TENSOR = ("HGMMA", "QGMMA", "UTCOMMA", "HMMA", "QMMA", "OMMA")
 
 
 def call_of(operation: str, target: str, m: int, k: int, n: int) -> Call:

@@ -17,7 +17,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from rich.console import Console
 
-from convert import calibration, pipeline, report, sources
+from convert import calibration, pipeline, report, resume, sources
 from convert.progress import progress
 from torq_jax import checkpoint, data, evaluate, generate, rounding, solvers
 from torq_jax.config import DecoderConfig
@@ -69,6 +69,11 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, help="directory to write (default: the model's name and -METHOD-mxfp4)"
     )
     p.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a conversion that was stopped; from the beginning where there is none",
+    )
     p.add_argument("--method", choices=solvers.METHODS, help="what finds the rotations (default: two_level)")
     p.add_argument(
         "--option",
@@ -207,7 +212,9 @@ def run(options: argparse.Namespace, console: Console) -> None:
     source = sources.open_source(spec, revision=options.revision, progress=say)
     out = options.out or Path(default_name(source.name, settings.method))
     pipeline.check(source.config, settings)
-    checkpoint.check_target(out, overwrite=options.overwrite)  # before the minutes that follow, not after
+    resume.check_target(
+        out, overwrite=options.overwrite, resume=options.resume
+    )  # before the minutes that follow, not after
 
     # Random tokens need no tokenizer, so a checkpoint of shapes alone can be converted.
     optional = options.calibration == "random" and not source.has_tokenizer
@@ -236,6 +243,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             tokenizer=tokenizer,
             evaluation=evaluation,
             overwrite=options.overwrite,
+            resume=options.resume,
             progress=shown,
         )
     if prompts:

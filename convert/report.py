@@ -29,6 +29,7 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
+from torq_jax import files
 from torq_jax.config import SITES
 from torq_jax.duration import format_seconds
 from torq_jax.errors import ConversionError
@@ -893,24 +894,37 @@ def write_report(report: Mapping[str, Any], directory: str | Path) -> list[Path]
     """
     directory = Path(directory)
     drawn = draw_plots(report)
-    files = {directory / "plots" / f"{name}.png": data for name, data in drawn.items()}
-    files[directory / "report.html"] = render_page(report, drawn, draw_plots(report, DARK)).encode("utf-8")
-    files[directory / "report.json"] = (json.dumps(_plain(report), indent=1, allow_nan=False) + "\n").encode(
-        "ascii"
-    )
+    contents = {directory / "plots" / f"{name}.png": data for name, data in drawn.items()}
+    contents[directory / "report.html"] = render_page(report, drawn, draw_plots(report, DARK)).encode("utf-8")
+    contents[directory / "report.json"] = (
+        json.dumps(_plain(report), indent=1, allow_nan=False) + "\n"
+    ).encode("ascii")
     path = directory
     try:
         (directory / "plots").mkdir(parents=True, exist_ok=True)
         for name in TEXTS.keys() - drawn.keys():
             (directory / "plots" / f"{name}.png").unlink(missing_ok=True)
-        for path, data in files.items():
-            _write(path, data)
+        for path, data in contents.items():
+            files.write(path, data)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConversionError(
             f"the report cannot be written to {path}: {reason}: make room or check the path"
         ) from error
-    return list(files)
+    return list(contents)
+
+
+def read_report(directory: str | Path) -> dict[str, Any]:
+    """What :func:`write_report` wrote.
+
+    Raises:
+      ConversionError: a file that cannot be read.
+    """
+    path = Path(directory) / "report.json"
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path} cannot be read ({error}): convert anew with --overwrite") from error
 
 
 def render_page(report: Mapping[str, Any], light: Mapping[str, bytes], dark: Mapping[str, bytes]) -> str:
@@ -963,16 +977,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return value
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Put a file in place by renaming, so that no reader sees half of it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -25,10 +25,10 @@ import ml_dtypes
 import numpy as np
 
 from convert import gguf_tokenizer
-from convert.fetch import PICKLES_REMEDY, Progress, download, fetch_demo, read_json
+from convert.fetch import PICKLES_REMEDY, TOKENIZER_FILES, Progress, download, fetch_demo, read_json
 from convert.names import expected_tensors, gguf_to_hf
 from torq_jax.config import DecoderConfig
-from torq_jax.errors import ConversionError
+from torq_jax.errors import ConversionError, ReadError
 
 __all__ = ["Source", "TensorInfo", "fetch_demo", "open_source", "read_safetensors_header"]
 
@@ -121,6 +121,14 @@ class Source:
             raise ConversionError(
                 f"{self.location}: the tokenizer cannot be read ({error}): {remedy}"
             ) from error
+
+    def files(self) -> list[Path]:
+        """Every file that decides what a conversion reads: configuration, weights and tokenizer."""
+        found = {info.file for info in self.tensors.values()}
+        if self.kind != "gguf":
+            others = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+            found |= {path for name in others if (path := self.location / name).is_file()}
+        return sorted(found)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -562,9 +570,9 @@ def _read_tensor(name: str, info: TensorInfo) -> np.ndarray:
         with info.file.open("rb") as stream:
             raw = np.fromfile(stream, np.uint8, info.nbytes, offset=info.offset)
     except OSError as error:
-        raise ConversionError(f"{info.file}: {name} cannot be read ({error})") from error
+        raise ReadError(f"{info.file}: {name} cannot be read ({error})") from error
     if raw.size != info.nbytes:
-        raise ConversionError(
+        raise ReadError(
             f"{info.file}: {raw.size} of the {info.nbytes} bytes of {name} could be read: the file has "
             "changed or is truncated: fetch it again"
         )

@@ -28,6 +28,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels import elements, portable
+from pallas_kernels import tiles as tiling
 from pallas_kernels.hopper import require
 from pallas_kernels.layout import (
     BLACKWELL_ROWS,
@@ -38,10 +39,11 @@ from pallas_kernels.layout import (
 )
 from pallas_kernels.reference import Rule
 
-CORES = 148
+_GPU = tiling.GPUS["blackwell"]
+CORES = _GPU.cores
 """Multiprocessors of a B200; a call may name others."""
 
-SHARED_MEMORY = 232448
+SHARED_MEMORY = _GPU.shared
 """Bytes of shared memory that a block of threads may take on sm_100."""
 
 _ROWS = BLACKWELL_ROWS
@@ -60,29 +62,51 @@ class Tiles(NamedTuple):
     splits: int = 1
 
 
-def choose(rows: int, k: int, n: int, cores: int = CORES, width: int = 2) -> Tiles:
-    """Tiles for a call: K split until there are as many tiles as multiprocessors, as many steps in flight as fit.
+def candidates(rows: int, k: int, n: int, width: int = 2) -> list[Tiles]:
+    """Tiles worth trying, with as many steps in flight as fit, up to five.
 
-    ``width``: bytes of an element of the result. A choice by reasoning, not by measurements.
+    ``width``: bytes of an element of the result.
     """
-    steps, high = -(-k // BLACKWELL_STEP), -(-rows // _ROWS)
-    wide = 256 if n % 256 == 0 and high * (n // 256) >= cores else 128
-    tiles, splits = high * -(-n // wide), 1
-    # Parts are written and read in float32: not for many rows.
-    while (
-        high == 1 and tiles * splits * 2 <= cores and steps % (splits * 2) == 0 and steps // (splits * 2) >= 2
-    ):
-        splits *= 2
-    stages = min(5, steps // splits)
-    while shared_memory(Tiles(wide, stages, splits), width) > SHARED_MEMORY:
-        stages -= 1
-    return Tiles(wide, stages, splits)
+    found = []
+    for columns in (256, 128):
+        if n % columns:
+            continue
+        fits = lambda splits, stages: shared_memory(Tiles(columns, stages, splits), width) <= SHARED_MEMORY  # noqa: E731, B023
+        cuts = tiling.cuts_of_k(rows, k, BLACKWELL_STEP, fits)
+        found += [Tiles(columns, stages, splits) for splits, stages in cuts]
+    return found
+
+
+def work(tiles: Tiles, rows: int, k: int, n: int) -> tiling.Work:
+    """What a call with these tiles has to do."""
+    steps, splits = -(-k // BLACKWELL_STEP), tiles.splits
+    parts = 2 * 4 * splits if splits > 1 else 0  # written, and read by XLA
+    return tiling.Work(
+        tiles=-(-rows // _ROWS) * (n // tiles.columns) * splits,
+        steps=steps // splits,
+        loaded=_step_bytes(tiles.columns),
+        cycles=_ROWS * tiles.columns * BLACKWELL_STEP / _GPU.multiply_adds,
+        moved=(k * n + rows * k) * 4.25 / 8 + (2 + parts) * rows * n,
+        summed=splits > 1,
+        drained=False,
+    )
+
+
+@functools.cache
+def choose(rows: int, k: int, n: int, cores: int = CORES, width: int = 2) -> Tiles:
+    """The candidate with the least time by counting: :func:`pallas_kernels.tiles.counted_us`."""
+    works = {tiles: work(tiles, rows, k, n) for tiles in candidates(rows, k, n, width)}
+    return tiling.least(_GPU._replace(cores=cores), works)
+
+
+def _step_bytes(columns: int) -> int:
+    """Codes and scales of 256 features, of activations and weights."""
+    return (_ROWS + columns) * (BLACKWELL_STEP // 2 + _SCALES)
 
 
 def shared_memory(tiles: Tiles, width: int = 2) -> int:
     """Bytes of shared memory of a call, but for a few barriers."""
-    step = (_ROWS + tiles.columns) * (BLACKWELL_STEP // 2 + _SCALES)
-    return tiles.stages * step + 2 * _ROWS * _PART * (4 if tiles.splits > 1 else width)
+    return tiles.stages * _step_bytes(tiles.columns) + 2 * _ROWS * _PART * (4 if tiles.splits > 1 else width)
 
 
 def _accumulators(tiles: Tiles) -> int:
@@ -90,15 +114,19 @@ def _accumulators(tiles: Tiles) -> int:
     return 2 if tiles.columns == 128 else 1
 
 
-def _kernel(*refs: Any, plgpu: Any, tiles: Tiles) -> None:
-    """Tiles of ``out [splits, M, N]``, one after another in each block."""
-    a_gmem, sa_gmem, b_gmem, sb_gmem, out_gmem = refs[:5]
-    a_smem, sa_smem, b_smem, sb_smem, out_smem, total_tmem, sa_tmem, sb_tmem = refs[5:13]
-    filled, emptied, multiplied, stored = refs[13:]
+def _kernel(*refs: Any, plgpu: Any, tiles: Tiles, outputs: int) -> None:
+    """Tiles of ``out [splits, M, N]``, one after another in each block.
+
+    Weights of several layers stand one below the other, ``outputs`` rows each; ``layer_gmem`` says which.
+    """
+    a_gmem, sa_gmem, b_gmem, sb_gmem, layer_gmem, out_gmem = refs[:6]
+    a_smem, sa_smem, b_smem, sb_smem, out_smem, total_tmem, sa_tmem, sb_tmem = refs[6:14]
+    filled, emptied, multiplied, stored = refs[14:]
     columns, stages, splits = tiles
     group = lax.axis_index("wg")
     steps = a_gmem.shape[1] // BLACKWELL_STEP // splits
-    tiles_m, tiles_n = a_gmem.shape[0] // _ROWS, b_gmem.shape[0] // columns
+    tiles_m, tiles_n = a_gmem.shape[0] // _ROWS, outputs // columns
+    above = layer_gmem[0] * outputs
 
     @plgpu.nd_loop((tiles_m * tiles_n * splits,), collective_axes="block")
     def _(info: Any) -> None:
@@ -129,11 +157,12 @@ def _kernel(*refs: Any, plgpu: Any, tiles: Tiles) -> None:
                         step = split * steps + k
                         features = pl.ds(step * BLACKWELL_STEP, BLACKWELL_STEP)
                         scales = pl.ds(step * 2, 2)
+                        chunks, chunk = columns // 128, lax.div(above, 128)
                         for source, target in (
                             (a_gmem.at[pl.ds(m * _ROWS, _ROWS), features], a_smem),
-                            (b_gmem.at[pl.ds(n * columns, columns), features], b_smem),
+                            (b_gmem.at[pl.ds(above + n * columns, columns), features], b_smem),
                             (sa_gmem.at[pl.ds(m, 1), scales], sa_smem),
-                            (sb_gmem.at[pl.ds(n * (columns // 128), columns // 128), scales], sb_smem),
+                            (sb_gmem.at[pl.ds(chunk + n * chunks, chunks), scales], sb_smem),
                         ):
                             plgpu.copy_gmem_to_smem(source, target.at[at], filled.at[at])
 
@@ -185,7 +214,9 @@ def _kernel(*refs: Any, plgpu: Any, tiles: Tiles) -> None:
 
 
 def _decoded(operand: BlackwellOperand) -> Any:
-    rows, features = operand.values.shape
+    *layers, rows, features = operand.values.shape
+    if layers:
+        return jax.vmap(_decoded)(operand)
     scales = unswizzle_scales(lax.bitcast_convert_type(operand.scales, jnp.uint8)).astype(jnp.int32)
     pairs = lax.bitcast_convert_type(operand.values.reshape(rows, -1, 2), jnp.uint8).astype(jnp.int32)
     code = jnp.stack([pairs & 15, pairs >> 4], -1).reshape(rows, -1, BLOCK)
@@ -198,6 +229,7 @@ def matmul(
     weight: BlackwellOperand,
     *,
     dtype: Any = jnp.bfloat16,
+    layer: Any = None,
     tiles: Tiles | None = None,
     cores: int = CORES,
     interpret: Any = None,
@@ -207,6 +239,7 @@ def matmul(
     Args:
       x, weight: ``[M, K]`` and ``[N, K]``, from :func:`pallas_kernels.layout.to_blackwell`.
       dtype: of the result, bfloat16 or float32.
+      layer: None, or the index into a weight whose arrays have a leading axis: nothing is copied.
       tiles: sizes to work in, None for :func:`choose`.
       cores: multiprocessors that share the tiles.
       interpret: None, or ``InterpretGPUParams`` to run on a CPU what of it can run there.
@@ -219,7 +252,7 @@ def matmul(
       ValueError: a dtype or sizes that do not fit, or tiles that need more shared memory than there is.
     """
     plgpu = require()
-    (rows, size), (outputs, full) = x.values.shape, weight.values.shape
+    (rows, size), (outputs, full) = x.values.shape, weight.values.shape[-2:]
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"a result of {jnp.dtype(dtype)} cannot be made: must be bfloat16 or float32")
     if size != full:
@@ -247,7 +280,7 @@ def matmul(
         a, b = (_decoded(operand) for operand in (x, weight))
         four = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     y = plgpu.kernel(
-        functools.partial(_kernel, plgpu=plgpu, tiles=tiles),
+        functools.partial(_kernel, plgpu=plgpu, tiles=tiles, outputs=outputs),
         out_type=jax.ShapeDtypeStruct((tiles.splits, rows, outputs), result),
         grid=(min(cores, count),),
         grid_names=("block",),
@@ -270,18 +303,24 @@ def matmul(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
         kernel_name="torq_blackwell_matmul",
-    )(a, x.scales, b, weight.scales)
+    )(
+        a,
+        x.scales,
+        b.reshape(-1, full),
+        weight.scales.reshape(-1, *weight.scales.shape[-3:]),
+        portable.layer_index(layer),
+    )
     return (y[0] if tiles.splits == 1 else y.sum(0)).astype(dtype)
 
 
 def rotate_quantize(
-    x: Float[Array, "m k"], inter: Any = None, intra: Any = None, *, rule: Rule, interpret: Any = False
+    x: Float[Array, "m k"], inter: Any = None, intra: Any = None, *, rule: Rule, **options: Any
 ) -> BlackwellOperand:
     """Rotated activations as an operand, by :func:`pallas_kernels.portable.rotate_quantize_swizzled`.
 
     Arguments and errors as there; rows are filled up to 128.
     """
-    codes, scales = portable.rotate_quantize_swizzled(x, inter, intra, rule=rule, interpret=interpret)
+    codes, scales = portable.rotate_quantize_swizzled(x, inter, intra, rule=rule, **options)
     values = lax.bitcast_convert_type(codes, jnp.float4_e2m1fn).reshape(codes.shape[0], -1)
     return BlackwellOperand(values, lax.bitcast_convert_type(scales, jnp.float8_e8m0fnu))
 
@@ -293,6 +332,8 @@ def rotate_quantize_matmul(
     weight: BlackwellOperand,
     *,
     rule: Rule | None,
+    rotation: portable.Rotation | None = None,
+    layer: Any = None,
     tiles: Tiles | None = None,
     cores: int = CORES,
     interpret: Any = None,
@@ -303,6 +344,8 @@ def rotate_quantize_matmul(
       x: ``[M, K]`` bfloat16 or float32, any M from 1.
       inter, intra: None, or as ``torq_jax.TwoLevelRotation`` has them, in any of its shapes.
       weight, tiles, cores, interpret: as in :func:`matmul`.
+      rotation: from ``portable.prepare_rotation``, in place of inter and intra.
+      layer: None, or the index into a weight and a rotation that have a leading axis.
       rule: scale rule of the activations.
 
     Returns:
@@ -316,6 +359,11 @@ def rotate_quantize_matmul(
             "sm_100's block-scaled product takes MXFP4 activations: name a scale rule, or use "
             "implementation='portable'"
         )
-    rounded = rotate_quantize(x, inter, intra, rule=rule, interpret=interpret is not None)
-    product = matmul(rounded, weight, dtype=x.dtype, tiles=tiles, cores=cores, interpret=interpret)
+    interpreted = interpret is not None
+    rounded = rotate_quantize(
+        x, inter, intra, rule=rule, rotation=rotation, layer=layer, interpret=interpreted
+    )
+    product = matmul(
+        rounded, weight, dtype=x.dtype, layer=layer, tiles=tiles, cores=cores, interpret=interpret
+    )
     return product[: x.shape[0]]

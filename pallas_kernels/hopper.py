@@ -18,7 +18,8 @@ one, every one of 32 to 112 tiles of outputs would do it again, and rounding 16 
 instructions as decoding a tile's weights does. It writes rounded values as bfloat16, not codes: their bytes matter
 little beside the weight's, and no tile decodes them again.
 
-With few tokens and few outputs there are fewer tiles than multiprocessors: K is split, and XLA adds the parts.
+With few tokens and few outputs there are fewer tiles than multiprocessors: K is split, and XLA adds the parts, where
+that takes less time by counting (:func:`choose`).
 """
 
 from __future__ import annotations
@@ -34,20 +35,58 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels import elements, portable
-from pallas_kernels.layout import BLOCK, HOPPER_ROWS, HOPPER_STEP, HopperWeight, hopper_code
+from pallas_kernels import tiles as tiling
+from pallas_kernels.layout import (
+    BLOCK,
+    E4M3_TABLE,
+    HOPPER_ROWS,
+    HOPPER_STEP,
+    HopperE4M3Weight,
+    HopperWeight,
+    e4m3_codes,
+    hopper_code,
+)
+from pallas_kernels.portable import Rotation, layer_index
 from pallas_kernels.reference import Rule
 
 LEAST_JAX = (0, 12)
 """The kernels use the names that Mosaic GPU has from this version of jax on."""
 
-CORES = 132
+_GPU = tiling.GPUS["hopper"]
+CORES = _GPU.cores
 """Multiprocessors of an H100 SXM, an H200 and a GH200; a call may name others."""
 
-SHARED_MEMORY = 232448
+SHARED_MEMORY = _GPU.shared
 """Bytes of shared memory that a block of threads may take on sm_90."""
 
 _HALF = HOPPER_ROWS // 2  # outputs of a warpgroup
-_SLAB = HOPPER_STEP // 4  # features of one of a word's four elements
+
+
+class _Form(NamedTuple):
+    """How operands are held: activations and decoded weights in ``dtype``, ``words`` of a step to an output."""
+
+    dtype: Any
+    words: int
+    cycles: int
+    """Of a step's instructions: 8 warps on 4 schedulers run the inner loop that benchmarks.gpu_static finds."""
+
+    @property
+    def width(self) -> int:
+        """Bytes of an activation."""
+        return jnp.dtype(self.dtype).itemsize
+
+    @property
+    def slab(self) -> int:
+        """Features that fill 128 bytes, what a swizzled row of shared memory has."""
+        return 128 // self.width
+
+    def step_bytes(self, tokens: int) -> int:
+        """Words, exponents and activations of 256 features."""
+        return HOPPER_ROWS * (128 + HOPPER_STEP // BLOCK) + tokens * HOPPER_STEP * self.width
+
+
+_WIDE = _Form(jnp.bfloat16, HOPPER_STEP // 4, 2 * 375)
+_NARROW = _Form(jnp.float8_e4m3fn, HOPPER_STEP // 8, 2 * 300)
 
 
 class Tiles(NamedTuple):
@@ -58,31 +97,55 @@ class Tiles(NamedTuple):
     splits: int = 1
 
 
-def choose(rows: int, k: int, n: int, cores: int = CORES) -> Tiles:
-    """Tiles for a call: as few tokens as hold the rows, K split until there are as many tiles as multiprocessors.
-
-    A choice by reasoning, not by measurements.
-    """
-    tokens = next((t for t in (8, 16, 32, 64) if rows <= t), 128)
-    tiles = -(-rows // tokens) * -(-n // HOPPER_ROWS)
-    steps = -(-k // HOPPER_STEP)
-    splits = 1
-    # Parts are written and read in float32: not for many rows.
-    while (
-        rows <= 64
-        and tiles * splits * 2 <= cores
-        and steps % (splits * 2) == 0
-        and steps // (splits * 2) >= 4
-    ):
-        splits *= 2
-    stages = 2 if tokens == 128 else 3 if tokens == 64 else 5
-    return Tiles(tokens, max(1, min(stages, steps // splits)), splits)
+def _form(e4m3: bool) -> _Form:
+    return _NARROW if e4m3 else _WIDE
 
 
-def shared_memory(tiles: Tiles, width: int = 2) -> int:
-    """Bytes of shared memory of a call, but for a few barriers."""
-    step = HOPPER_ROWS * _SLAB * 2 + HOPPER_STEP // BLOCK * HOPPER_ROWS + tiles.tokens * HOPPER_STEP * 2
-    return tiles.stages * step + HOPPER_ROWS * tiles.tokens * (4 if tiles.splits > 1 else width)
+def candidates(rows: int, k: int, n: int, *, e4m3: bool = False) -> list[Tiles]:
+    """Tiles worth trying: no more tokens than hold the rows, as many steps in flight as fit, up to five."""
+    found = []
+    for tokens in (128, 64, 32, 16, 8):
+        if tokens > 8 and rows <= tokens // 2:
+            continue
+
+        # With results in float32: those in bfloat16 leave room to spare.
+        def fits(splits: int, stages: int, tokens: int = tokens) -> bool:
+            return shared_memory(Tiles(tokens, stages, splits), 4, e4m3=e4m3) <= SHARED_MEMORY
+
+        cuts = tiling.cuts_of_k(rows, k, HOPPER_STEP, fits)
+        found += [Tiles(tokens, stages, splits) for splits, stages in cuts]
+    return found
+
+
+def work(tiles: Tiles, rows: int, k: int, n: int, *, e4m3: bool = False) -> tiling.Work:
+    """What a call with these tiles has to do."""
+    steps, tokens, splits, form = -(-k // HOPPER_STEP), tiles.tokens, tiles.splits, _form(e4m3)
+    parts = 2 * 4 * splits if splits > 1 else 0  # written, and read by XLA
+    # e4m3 is multiplied at twice the rate.
+    tensor = tokens * HOPPER_ROWS * HOPPER_STEP * form.width / 2 / _GPU.multiply_adds
+    return tiling.Work(
+        tiles=-(-rows // tokens) * -(-n // HOPPER_ROWS) * splits,
+        steps=steps // splits,
+        loaded=form.step_bytes(tokens),
+        cycles=max(form.cycles, tensor),
+        moved=k * n * 4.25 / 8 + form.width * rows * k + (2 + parts) * rows * n,
+        summed=splits > 1,
+        drained=True,
+    )
+
+
+@functools.cache
+def choose(rows: int, k: int, n: int, cores: int = CORES, *, e4m3: bool = False) -> Tiles:
+    """The candidate with the least time by counting: :func:`pallas_kernels.tiles.counted_us`."""
+    each = candidates(rows, k, n, e4m3=e4m3)
+    works = {tiles: work(tiles, rows, k, n, e4m3=e4m3) for tiles in each}
+    return tiling.least(_GPU._replace(cores=cores), works)
+
+
+def shared_memory(tiles: Tiles, width: int = 2, *, e4m3: bool = False) -> int:
+    """Bytes of shared memory of a call, but for a few barriers. ``width``: bytes of an element of the result."""
+    result = HOPPER_ROWS * tiles.tokens * (4 if tiles.splits > 1 else width)
+    return tiles.stages * _form(e4m3).step_bytes(tiles.tokens) + result
 
 
 def require() -> Any:
@@ -115,7 +178,7 @@ def _decode(plgpu: Any, words: Any, scales: Any, t: int) -> Any:
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.WGMMA, row, row),
-        return_type=plgpu.ShapeDtypeStruct((_HALF, _SLAB), jnp.bfloat16, layout=plgpu.Layout.WGMMA),
+        return_type=plgpu.ShapeDtypeStruct((_HALF, _WIDE.slab), jnp.bfloat16, layout=plgpu.Layout.WGMMA),
     )
     def decode(_: Any, words: Any, low: Any, high: Any) -> Any:
         i32, i16 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(16)
@@ -162,26 +225,104 @@ def _decode_plainly(words: Any, scales: Any, t: int) -> Any:
     return jnp.where(scale == 0, 0.0, value).astype(jnp.bfloat16)
 
 
+def _decode_e4m3(plgpu: Any, words: Any, scales: Any, slab: int) -> Any:
+    """Words ``[64, 32]`` -> e4m3 ``[64, 128]``: features ``128 * slab`` and on, with their blocks' exponents.
+
+    ``scales``: uint8 ``[64]`` of each of the four blocks.
+    """
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import arith, vector
+    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.mosaic.gpu import fragmented_array, utils
+
+    row = plgpu.Layout.WGMMA.reduce(1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA, *[row] * len(scales)),
+        return_type=plgpu.ShapeDtypeStruct(
+            (_HALF, _NARROW.slab), jnp.float8_e4m3fn, layout=plgpu.Layout.WGMMA_8BIT
+        ),
+    )
+    def decode(_: Any, words: Any, *scales: Any) -> Any:
+        i32 = ir.IntegerType.get_signless(32)
+        one, four = ir.VectorType.get((1,), i32), ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
+
+        def constant(value: int) -> Any:
+            return mgpu.c(value - (value >> 31 << 32), i32)
+
+        def table(register: Any) -> list[Any]:
+            byte = vector.extract(register, dynamic_position=[], static_position=[0])
+            exponent = arith.extui(i32, byte)
+            return [
+                arith.addi(arith.muli(exponent, constant(step)), constant(least))
+                for least, step in zip(*E4M3_TABLE, strict=True)
+            ]
+
+        # A register of the words has those of two blocks; the second index is the pair of blocks, the fifth the upper
+        # or lower row of two eight apart. Of the result, the second index is the half of a block.
+        made = np.empty((1, 2 * len(scales), *words.registers.shape[2:]), dtype=object)
+        for place, register in np.ndenumerate(words.registers):
+            for h in range(2):
+                block = 2 * place[1] + h - slab * len(scales)
+                if not 0 <= block < len(scales):
+                    continue
+                word = vector.extract(register, dynamic_position=[], static_position=[h])
+                low, high = table(scales[block].registers[0, 0, place[4], 0, 0])
+                chosen = arith.andi(word, constant(0x77777777))
+                for half in range(2):
+                    if half:
+                        chosen, word = arith.shrui(chosen, constant(16)), arith.shli(word, constant(4))
+                    signs = arith.andi(word, constant(0x80808080))
+                    value = arith.ori(utils.prmt(low, high, chosen), signs)
+                    at = (0, 2 * block + half, *place[2:])
+                    made[at] = vector.bitcast(four, vector.broadcast(one, value))
+        layout = fragmented_array.WGMMA_LAYOUT_8BIT
+        return mgpu.FragmentedArray(_registers=made, _layout=layout, _is_signed=None)
+
+    return decode(words, *scales)
+
+
+def _decode_e4m3_plainly(words: Any, scales: Any, slab: int) -> Any:
+    """What :func:`_decode_e4m3` computes, in jax.numpy, for the interpreter."""
+    code = e4m3_codes(words)[:, slab * len(scales) : (slab + 1) * len(scales)]
+    scale = jnp.stack([s.astype(jnp.int32) for s in scales], 1)[..., None]
+    # 2**(exponent - 5), by its E8M0 code.
+    values = elements.decode(code, scale + (127 - 5))
+    return values.reshape(words.shape[0], -1).astype(jnp.float8_e4m3fn)
+
+
 def _kernel(
     x_gmem: Any,
     words_gmem: Any,
     exponents_gmem: Any,
     factor_gmem: Any,
+    rows_gmem: Any,
+    layer_gmem: Any,
     out_gmem: Any,
     out_smem: Any,
     weight_smem: Any,
     *,
     plgpu: Any,
     tiles: Tiles,
+    outputs: int,
+    form: _Form,
 ) -> None:
-    """Tiles of ``out [1, M, N]``, or ``[splits, N, M]`` of sums that are parts, one after another in each block."""
+    """Tiles of ``out [1, M, N]``, or ``[splits, N, M]`` of sums that are parts, one after another in each block.
+
+    Weights of several layers stand one below the other, ``outputs`` rows each; ``layer_gmem`` says which.
+    ``rows_gmem``: factors of the tokens, of e4m3 alone.
+    """
     tokens, splits = tiles.tokens, tiles.splits
     row = plgpu.Layout.WGMMA.reduce(1)
     group = lax.axis_index("wg")
     mine = pl.ds(group * _HALF, _HALF)
     steps = x_gmem.shape[1] // HOPPER_STEP // splits
-    tiles_m, tiles_n = x_gmem.shape[0] // tokens, words_gmem.shape[0] // HOPPER_ROWS
-    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    tiles_m, tiles_n = x_gmem.shape[0] // tokens, outputs // HOPPER_ROWS
+    layer = layer_gmem[0]
+    above, exponents_above = layer * outputs, layer * (x_gmem.shape[1] // BLOCK)
+
+    def swizzled(columns: int) -> Any:
+        return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
 
     def pipeline(body: Any, context: Any) -> Any:
         return plgpu.emit_pipeline_warp_specialized(
@@ -189,9 +330,9 @@ def _kernel(
             grid=(steps,),
             memory_registers=40,
             in_specs=[
-                plgpu.BlockSpec((HOPPER_ROWS, _SLAB), lambda k: (0, k), transforms=swizzled),
+                plgpu.BlockSpec((HOPPER_ROWS, form.words), lambda k: (0, k), transforms=swizzled(form.words)),
                 plgpu.BlockSpec((HOPPER_STEP // BLOCK, HOPPER_ROWS), lambda k: (k, 0)),
-                plgpu.BlockSpec((tokens, HOPPER_STEP), lambda k: (0, k), transforms=swizzled),
+                plgpu.BlockSpec((tokens, HOPPER_STEP), lambda k: (0, k), transforms=swizzled(form.slab)),
             ],
             wg_axis="wg",
             num_compute_wgs=2,
@@ -199,20 +340,36 @@ def _kernel(
             compute_context=context,
         )
 
-    def body(_: Any, words_smem: Any, exponents_smem: Any, x_smem: Any, total: Any) -> Any:
+    def multiply(total: Any, words_smem: Any, exponents_smem: Any, x_smem: Any) -> None:
         words = plgpu.load(words_smem.at[mine], layout=plgpu.Layout.WGMMA)
-        for t in range(4):
-            scales = [plgpu.load(exponents_smem.at[2 * t + i, mine], layout=row) for i in range(2)]
-            x = x_smem.at[:, pl.ds(t * _SLAB, _SLAB)].transpose((1, 0))
+        blocks = form.slab // BLOCK
+        wide = form is _WIDE
+        for t in range(HOPPER_STEP // form.slab):
+            scales = [plgpu.load(exponents_smem.at[blocks * t + i, mine], layout=row) for i in range(blocks)]
+            x = x_smem.at[:, pl.ds(t * form.slab, form.slab)].transpose((1, 0))
             if weight_smem is None:
-                plgpu.wgmma(total, _decode(plgpu, words, scales, t), x)
+                decode = _decode if wide else _decode_e4m3
+                plgpu.wgmma(total, decode(plgpu, words, scales, t), x)
                 continue
             plgpu.wgmma_wait(0)
-            weight_smem[group] = _decode_plainly(words, scales, t)
+            weight_smem[group] = (_decode_plainly if wide else _decode_e4m3_plainly)(words, scales, t)
             plgpu.commit_smem()
             plgpu.wgmma(total, weight_smem.at[group], x)
         plgpu.wgmma_wait(0)
-        return total
+
+    accumulator = plgpu.ACC((_HALF, tokens), jnp.float32)
+
+    def body(_: Any, words_smem: Any, exponents_smem: Any, x_smem: Any, total: Any) -> Any:
+        if form is _WIDE:
+            multiply(total, words_smem, exponents_smem, x_smem)
+            return total
+
+        # Tensor cores add e4m3 products in fewer bits than float32 has: a step's sums are added up by themselves.
+        def part(part_ref: Any) -> Any:
+            multiply(part_ref, words_smem, exponents_smem, x_smem)
+            return part_ref[...]
+
+        return total + pl.run_scoped(part, accumulator)
 
     allocations = pipeline(lambda *_: None, lambda *_: None).get_allocations(
         words_gmem, exponents_gmem, x_gmem
@@ -225,31 +382,51 @@ def _kernel(
             # Tiles of the same outputs come together: their weight is then in the L2 cache.
             rest, m = lax.div(info.index[0], tiles_m), lax.rem(info.index[0], tiles_m)
             n, split = lax.div(rest, splits), lax.rem(rest, splits)
-            outputs, rows = pl.ds(n * HOPPER_ROWS, HOPPER_ROWS), pl.ds(m * tokens, tokens)
+            here, rows = pl.ds(n * HOPPER_ROWS, HOPPER_ROWS), pl.ds(m * tokens, tokens)
+
+            def write(total: Any) -> None:
+                at = pl.ds(above + n * HOPPER_ROWS + group * _HALF, _HALF)
+                factor = plgpu.load(factor_gmem.at[at], layout=row)
+                y = total * lax.broadcast_in_dim(factor, (_HALF, tokens), (0,))
+                if rows_gmem is not None:
+                    # 8 or 16 tokens' are no whole cache line.
+                    column = plgpu.Layout.WGMMA.reduce(0)
+                    factors = plgpu.load(rows_gmem.at[rows], layout=column, optimized=tokens >= 32)
+                    y = y * lax.broadcast_in_dim(factors, (_HALF, tokens), (1,))
+                y = y.astype(out_smem.dtype)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                target = out_gmem.at[split, here, rows].at[mine]
+                if splits == 1:
+                    out_smem.at[group].transpose((1, 0))[...] = y
+                    target = out_gmem.at[split, rows, here].at[:, mine]
+                else:
+                    out_smem[group] = y
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_smem.at[group], target)
 
             def context(run: Any) -> None:
-                @functools.partial(pl.run_scoped, total_ref=plgpu.ACC((_HALF, tokens), jnp.float32))
+                if form is _NARROW:
+                    zeros = jnp.zeros((_HALF, tokens), jnp.float32)
+                    write(run(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)))
+                    return
+
+                @functools.partial(pl.run_scoped, total_ref=accumulator)
                 def _(total_ref: Any) -> None:
                     run(total_ref)
-                    factor = plgpu.load(
-                        factor_gmem.at[pl.ds(n * HOPPER_ROWS + group * _HALF, _HALF)], layout=row
-                    )
-                    y = total_ref[...] * lax.broadcast_in_dim(factor, (_HALF, tokens), (0,))
-                    y = y.astype(out_smem.dtype)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    target = out_gmem.at[split, outputs, rows].at[mine]
-                    if splits == 1:
-                        out_smem.at[group].transpose((1, 0))[...] = y
-                        target = out_gmem.at[split, rows, outputs].at[:, mine]
-                    else:
-                        out_smem[group] = y
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(out_smem.at[group], target)
+                    write(total_ref[...])
 
             first = split * steps
             pipeline(body, context)(
-                words_gmem.at[outputs, pl.ds(first * _SLAB, steps * _SLAB)],
-                exponents_gmem.at[pl.ds(first * HOPPER_STEP // BLOCK, steps * HOPPER_STEP // BLOCK), outputs],
+                words_gmem.at[
+                    pl.ds(above + n * HOPPER_ROWS, HOPPER_ROWS), pl.ds(first * form.words, steps * form.words)
+                ],
+                exponents_gmem.at[
+                    pl.ds(
+                        exponents_above + first * HOPPER_STEP // BLOCK,
+                        steps * HOPPER_STEP // BLOCK,
+                    ),
+                    here,
+                ],
                 x_gmem.at[rows, pl.ds(first * HOPPER_STEP, steps * HOPPER_STEP)],
                 allocations=allocations,
             )
@@ -263,6 +440,7 @@ def matmul(
     weight: HopperWeight,
     *,
     dtype: Any = jnp.bfloat16,
+    layer: Any = None,
     tiles: Tiles | None = None,
     cores: int = CORES,
     interpret: Any = None,
@@ -273,6 +451,7 @@ def matmul(
       x: ``[M, K]`` bfloat16, any M from 1.
       weight: from :func:`pallas_kernels.layout.to_hopper`.
       dtype: of the result, bfloat16 or float32.
+      layer: None, or the index into a weight whose arrays have a leading axis: nothing is copied.
       tiles: sizes to work in, None for :func:`choose`.
       cores: multiprocessors that share the tiles.
       interpret: None, or ``InterpretGPUParams`` to run on a CPU.
@@ -284,25 +463,41 @@ def matmul(
       ImportError: a jax that is too old.
       ValueError: a dtype or sizes that do not fit, or tiles that need more shared memory than there is.
     """
-    plgpu = require()
-    rows, size = x.shape
-    outputs, full = weight.words.shape[0], weight.words.shape[1] * 4
     if x.dtype != jnp.bfloat16:
         raise ValueError(
             f"activations are {x.dtype}: the Hopper product takes bfloat16, cast them or use 'portable'"
         )
+    return _product(x, None, weight, _WIDE, dtype, layer, tiles, cores, interpret)
+
+
+def _product(
+    x: Any,
+    factors: Any,
+    weight: HopperWeight | HopperE4M3Weight,
+    form: _Form,
+    dtype: Any,
+    layer: Any,
+    tiles: Tiles | None,
+    cores: int,
+    interpret: Any,
+) -> Any:
+    """:func:`matmul` and :func:`matmul_e4m3`: ``factors`` are those of the rows, or None."""
+    plgpu = require()
+    rows, size = x.shape
+    e4m3 = form is _NARROW
+    outputs, full = weight.words.shape[-2], weight.words.shape[-1] // form.words * HOPPER_STEP
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"a result of {jnp.dtype(dtype)} cannot be made: must be bfloat16 or float32")
     if size % BLOCK or -(-size // HOPPER_STEP) * HOPPER_STEP != full:
         raise ValueError(f"activations have {size} features, the weight {full}")
-    tiles = choose(rows, full, outputs, cores) if tiles is None else tiles
+    tiles = choose(rows, full, outputs, cores, e4m3=e4m3) if tiles is None else tiles
     if tiles.tokens not in (8, 16, 32, 64, 128) or full // HOPPER_STEP % tiles.splits:
         raise ValueError(
             f"{tiles} do not fit {full} features: tokens must be 8, 16, 32, 64 or 128, "
             f"splits divide {full // HOPPER_STEP}"
         )
     result = jnp.dtype(jnp.float32 if tiles.splits > 1 else dtype)
-    needed = shared_memory(tiles, result.itemsize)
+    needed = shared_memory(tiles, result.itemsize, e4m3=e4m3)
     if needed > SHARED_MEMORY:
         raise ValueError(
             f"{tiles} need {needed} bytes of shared memory, sm_90 has {SHARED_MEMORY}: take fewer stages"
@@ -310,6 +505,8 @@ def matmul(
     more = -rows % tiles.tokens
     if more or full > size:
         x = jnp.pad(x, ((0, more), (0, full - size)))
+    if factors is not None:
+        factors = jnp.pad(factors, (0, more))
     count = x.shape[0] // tiles.tokens * (outputs // HOPPER_ROWS) * tiles.splits
     if tiles.splits == 1:
         shape, part = (1, x.shape[0], outputs), (2, tiles.tokens, _HALF)
@@ -322,7 +519,7 @@ def matmul(
         return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
     y = plgpu.kernel(
-        functools.partial(_kernel, plgpu=plgpu, tiles=tiles),
+        functools.partial(_kernel, plgpu=plgpu, tiles=tiles, outputs=outputs, form=form),
         out_type=jax.ShapeDtypeStruct(shape, result),
         grid=(min(cores, count),),
         grid_names=("block",),
@@ -330,12 +527,19 @@ def matmul(
         thread_name="wg",
         scratch_types=[
             shared(part, result),
-            None if interpret is None else shared((2, _HALF, _SLAB), jnp.dtype(jnp.bfloat16)),
+            None if interpret is None else shared((2, _HALF, form.slab), jnp.dtype(form.dtype)),
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
-        kernel_name="torq_hopper_matmul",
-    )(x, weight.words, weight.exponents, weight.factor)
+        kernel_name=f"torq_hopper{'_e4m3' if e4m3 else ''}_matmul",
+    )(
+        x,
+        weight.words.reshape(-1, weight.words.shape[-1]),
+        weight.exponents.reshape(-1, outputs),
+        weight.factor.reshape(-1),
+        factors,
+        layer_index(layer),
+    )
     y = y[0] if tiles.splits == 1 else y.sum(0).T
     return y[:rows].astype(dtype)
 
@@ -347,6 +551,8 @@ def rotate_quantize_matmul(
     weight: HopperWeight,
     *,
     rule: Rule | None,
+    rotation: Rotation | None = None,
+    layer: Any = None,
     tiles: Tiles | None = None,
     cores: int = CORES,
     interpret: Any = None,
@@ -357,6 +563,8 @@ def rotate_quantize_matmul(
       x: ``[M, K]`` bfloat16 or float32, any M from 1.
       inter, intra: None, or as ``torq_jax.TwoLevelRotation`` has them, in any of its shapes.
       weight, tiles, cores, interpret: as in :func:`matmul`.
+      rotation: from ``portable.prepare_rotation``, in place of inter and intra.
+      layer: None, or the index into a weight and a rotation that have a leading axis.
       rule: scale rule of the activations; None leaves them in bfloat16 (W4A16).
 
     Returns:
@@ -370,8 +578,131 @@ def rotate_quantize_matmul(
             "float32 activations that are not rounded to MXFP4 have no exact product on Hopper's tensor cores: cast "
             "them to bfloat16, or use implementation='portable'"
         )
-    if rule is not None or inter is not None or intra is not None:
-        z = portable.rotate_round(x, inter, intra, rule=rule, interpret=interpret is not None)
-    else:
-        z = x
-    return matmul(z, weight, dtype=x.dtype, tiles=tiles, cores=cores, interpret=interpret)
+    z = portable.rotate_round(
+        x, inter, intra, rule=rule, rotation=rotation, layer=layer, interpret=interpret is not None
+    )
+    return matmul(z, weight, dtype=x.dtype, layer=layer, tiles=tiles, cores=cores, interpret=interpret)
+
+
+# ---------------------------------------------------------------- e4m3
+
+
+class E4M3Rows(NamedTuple):
+    """Activations as Hopper's product of e4m3 operands reads them: ``values * factor[:, None]``.
+
+    values: float8_e4m3fn ``[M, K]``. factor: float32 ``[M]``, powers of two.
+    """
+
+    values: Any
+    factor: Any
+
+
+def split_e4m3(z: Float[Array, "m k"]) -> tuple[E4M3Rows, Float[Array, "m k"]]:
+    """Rows of MXFP4 values as e4m3, and what is left of them in bfloat16: together exactly ``z``.
+
+    Nothing is left of a row whose elements lie within e4m3's 18 powers of two, as they do where the exponents of its
+    blocks span at most 14. What is left of others lies at least 17 powers of two below their largest element.
+
+    Args:
+      z: ``[M, K]`` bfloat16, of two significant bits each, as ``portable.rotate_round`` gives them. NaN stays, and
+        nothing is left of its row.
+    """
+    pattern = lax.bitcast_convert_type(z, jnp.uint16).astype(jnp.int32)
+    # The exponent field of the largest element, such that both factors are normal numbers.
+    largest = jnp.max(pattern & 0x7FFF, axis=1) >> 7
+    top = jnp.clip(largest, 9, 254)
+
+    def power(field: Any) -> Any:
+        return lax.bitcast_convert_type(field << 23, jnp.float32)
+
+    # 2**8 for the largest power of two: 1.5 times that is below e4m3's 448.
+    scaled = z.astype(jnp.float32) * power(127 + 8 + 127 - top)[:, None]
+    values, factor = scaled.astype(jnp.float8_e4m3fn), power(top - 8)
+    left = jnp.where(largest[:, None] == 255, 0, scaled - values.astype(jnp.float32))
+    return E4M3Rows(values, factor), (left * factor[:, None]).astype(z.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "tiles", "cores", "interpret"))
+def matmul_e4m3(
+    x: E4M3Rows,
+    weight: HopperE4M3Weight,
+    *,
+    dtype: Any = jnp.bfloat16,
+    layer: Any = None,
+    tiles: Tiles | None = None,
+    cores: int = CORES,
+    interpret: Any = None,
+) -> Float[Array, "m n"]:
+    """:func:`matmul` of e4m3 operands, at twice its rate; products exact.
+
+    Sums are not those of float32: of e4m3 products Hopper's tensor cores are reported to keep about 14 bits. 256
+    features are added up there and these sums in float32, so an output is off by 2**-13 or so of the largest partial
+    sums, a sixteenth of what rounding it to bfloat16 costs.
+
+    Args:
+      x: from :func:`split_e4m3`.
+      weight: from :func:`pallas_kernels.layout.to_hopper_e4m3`.
+      dtype, layer, tiles, cores, interpret: as in :func:`matmul`.
+
+    Returns:
+      ``[M, N]``, N as padded.
+
+    Raises:
+      ImportError, ValueError: as :func:`matmul`.
+    """
+    return _product(x.values, x.factor, weight, _NARROW, dtype, layer, tiles, cores, interpret)
+
+
+def rotate_quantize_matmul_e4m3(
+    x: Float[Array, "m k"],
+    inter: Any,
+    intra: Any,
+    weight: HopperE4M3Weight,
+    *,
+    rule: Rule | None,
+    rotation: Rotation | None = None,
+    layer: Any = None,
+    tiles: Tiles | None = None,
+    cores: int = CORES,
+    interpret: Any = None,
+) -> Float[Array, "m n"]:
+    """``round(rotate(x)) @ weight.T`` by ``portable.rotate_round`` and :func:`matmul_e4m3`.
+
+    Where rows do not fit into e4m3, which the device finds out, products of what is left of all rows are added until
+    nothing is left: twice the work for exponents that span up to 31.
+
+    Args:
+      x, inter, intra, rotation, layer, tiles, cores, interpret: as in :func:`rotate_quantize_matmul`.
+      weight: from :func:`pallas_kernels.layout.to_hopper_e4m3`.
+      rule: scale rule of the activations.
+
+    Returns:
+      ``[M, N]`` in the dtype of ``x``, N as padded. A row with a NaN or an infinity is NaN.
+
+    Raises:
+      ImportError, ValueError: as :func:`matmul`, and activations that are not to be rounded.
+    """
+    if rule is None:
+        raise ValueError(
+            "the product of e4m3 operands takes MXFP4 activations: name a scale rule, or use implementation='hopper'"
+        )
+    options: dict[str, Any] = {"layer": layer, "tiles": tiles, "cores": cores, "interpret": interpret}
+    z = portable.rotate_round(
+        x, inter, intra, rule=rule, rotation=rotation, layer=layer, interpret=interpret is not None
+    )
+    first, left = split_e4m3(z)
+
+    def pieces(first: Any, left: Any) -> Any:
+        def another(state: Any) -> Any:
+            piece, left = split_e4m3(state[0])
+            return left, state[1] + matmul_e4m3(piece, weight, dtype=jnp.float32, **options)
+
+        y = matmul_e4m3(first, weight, dtype=jnp.float32, **options)
+        return lax.while_loop(lambda state: (state[0] != 0).any(), another, (left, y))[1].astype(x.dtype)
+
+    return lax.cond(
+        (left != 0).any(),
+        pieces,
+        lambda first, _: matmul_e4m3(first, weight, dtype=x.dtype, **options),
+        *(first, left),
+    )

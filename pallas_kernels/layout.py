@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int32, UInt8, UInt16
+from jaxtyping import Array, Float32, Int32, UInt8, UInt16, UInt32
 
 BLOCK = 32
 LANES = 128
@@ -220,26 +220,43 @@ def to_hopper(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"]) -> Hop
     Raises:
       ValueError: shapes that do not fit.
     """
+    each, held, below, base, fits = _for_hopper(codes, scales, HOPPER_SPAN, 2)
+    exponents = jnp.where(held, jnp.maximum(254 - below, 0), 0).astype(jnp.uint8)
+    # An element is code * 2**-126 * 2**(exponent - 127): of the largest scale, code * 2.
+    factor = jax.lax.bitcast_convert_type((base - 1) << 23, jnp.float32)
+    slabs = each.astype(jnp.uint16).reshape(each.shape[0], -1, 4, 64)  # [n, j, t, c]
+    word = jnp.zeros_like(slabs[:, :, 0])
+    for t, (sign, field) in enumerate(zip(_SIGN, _FIELD, strict=True)):
+        for bit, place in zip((3, 2, 1, 0), (sign, *field), strict=True):
+            word |= ((slabs[:, :, t] >> bit) & 1) << place
+    return HopperWeight(word.reshape(each.shape[0], -1), exponents.T, jnp.where(fits, factor, jnp.nan))
+
+
+def _for_hopper(codes: Any, scales: Any, span: int, least: int) -> tuple[Any, ...]:
+    """Codes ``[n, b, 32]`` filled up, which blocks hold any, how far their scales lie below the largest of the
+    output, that one ``[n]``, at ``least``, and whether all of an output's are within ``span`` powers of two."""
     _check_canonical(codes, scales)
     n, blocks = scales.shape
     more_n, more_k = -n % HOPPER_ROWS, -blocks * BLOCK % HOPPER_STEP
     codes = jnp.pad(codes, ((0, more_n), (0, more_k // 2)))
     scales = jnp.pad(scales, ((0, more_n), (0, more_k // BLOCK)))
-    each = jnp.stack([codes & 15, codes >> 4], -1).reshape(*scales.shape, BLOCK)  # [n, b, 32]
+    each = jnp.stack([codes & 15, codes >> 4], -1).reshape(*scales.shape, BLOCK)
     each = jnp.where(each == 8, 0, each)
     held = (each != 0).any(-1)
     scale = jnp.where(held, scales, 0).astype(jnp.int32)
-    base = jnp.maximum(scale.max(1, keepdims=True), 2)  # so that the factor is a normal float32
-    fits = (~held | ((scale < 0xFF) & (base - scale < HOPPER_SPAN))).all(1)
-    exponents = jnp.where(held, jnp.maximum(254 - (base - scale), 0), 0).astype(jnp.uint8)
-    # An element is code * 2**-126 * 2**(exponent - 127): of the largest scale, code * 2.
-    factor = jax.lax.bitcast_convert_type((base[:, 0] - 1) << 23, jnp.float32)
-    slabs = each.astype(jnp.uint16).reshape(scales.shape[0], -1, 4, 64)  # [n, j, t, c]
-    word = jnp.zeros_like(slabs[:, :, 0])
-    for t, (sign, field) in enumerate(zip(_SIGN, _FIELD, strict=True)):
-        for bit, place in zip((3, 2, 1, 0), (sign, *field), strict=True):
-            word |= ((slabs[:, :, t] >> bit) & 1) << place
-    return HopperWeight(word.reshape(scales.shape[0], -1), exponents.T, jnp.where(fits, factor, jnp.nan))
+    base = jnp.maximum(scale.max(1), least)  # so that the factor is a normal float32
+    below = base[:, None] - scale
+    return each, held, below, base, (~held | ((scale < 0xFF) & (below < span))).all(1)
+
+
+def fits_hopper(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"], *, e4m3: bool = False) -> bool:
+    """Whether :func:`to_hopper` or :func:`to_hopper_e4m3` holds every output exactly. Concrete arrays only."""
+    return bool(_fits_hopper(codes, scales, E4M3_SPAN if e4m3 else HOPPER_SPAN))
+
+
+@jax.jit(static_argnames="span")
+def _fits_hopper(codes: Any, scales: Any, span: int) -> Any:
+    return _for_hopper(codes, scales, span, 0)[-1].all()
 
 
 @jax.jit(static_argnames=("n", "k"))
@@ -247,11 +264,8 @@ def from_hopper(weight: HopperWeight, n: int, k: int) -> tuple[UInt8[Array, "n k
     """Codes and scales of a weight ``[n, k]``: the inverse of :func:`to_hopper`; blocks of zeros have scale 0."""
     rows = weight.words.shape[0]
     each = hopper_codes(weight.words.reshape(rows, -1, 1, 64)).reshape(rows, -1, BLOCK)
-    codes = (each[..., ::2] | (each[..., 1::2] << 4)).astype(jnp.uint8).reshape(rows, -1)
-    exponents = weight.exponents.T.astype(jnp.int32)
     base = (jax.lax.bitcast_convert_type(weight.factor, jnp.int32) >> 23) + 1
-    scales = jnp.where((each != 0).any(-1), exponents - 254 + base[:, None], 0).astype(jnp.uint8)
-    return codes[:n, : k // 2], scales[:n, : k // BLOCK]
+    return _canonical(each, weight.exponents.T.astype(jnp.int32) - 254 + base[:, None], n, k)
 
 
 def hopper_codes(words: UInt16[Array, "n j 1 64"]) -> Int32[Array, "n j 4 64"]:
@@ -266,6 +280,84 @@ def hopper_code(word: Array, t: int) -> Array:
         ((word >> place) & 1) << bit for bit, place in zip((3, 2, 1, 0), (_SIGN[t], *_FIELD[t]), strict=True)
     ]
     return functools.reduce(jnp.bitwise_or, parts)
+
+
+E4M3_SPAN = 12
+"""Powers of two that the scales of an output may cover as e4m3, such that no element is subnormal: with subnormal
+ones there would be 15, but adding a scale to an exponent field would not do."""
+
+
+E4M3_TABLE = ((0x14100800, 0x24201C18), (0x08080800, 0x08080808))
+"""Two words whose bytes are the e4m3 patterns of magnitudes 0 to 7 times ``2**-5``, and what an exponent adds."""
+
+
+class HopperE4M3Weight(NamedTuple):
+    """A weight as Hopper's product of e4m3 operands reads it.
+
+    words: uint32 ``[N, K/8]``, the codes that one thread of a ``wgmma`` of 32 features holds: word ``8 j + 2 q + h``
+    of an output has features ``32 (2 j + h) + 4 q + i`` in its nibbles 0 to 3, and those 16 further on in 4 to 7. The
+    low three bits of a nibble are a magnitude, the selector of ``prmt``; the fourth of nibble ``2 i`` is the sign of
+    nibble ``4 + i``, and of ``2 i + 1`` that of nibble ``i``, so that signs stand at the top of bytes as they are,
+    or moved up by 4.
+    exponents: uint8 ``[K/32, N]``, 11 for the largest scale of an output, what is added to e4m3's exponent field.
+    factor: float32 ``[N]``, the power of two that the outputs have in common; NaN for those that do not fit.
+    """
+
+    words: UInt32[Array, "n k8"]
+    exponents: UInt8[Array, "k32 n"]
+    factor: Float32[Array, " n"]
+
+
+@jax.jit
+def to_hopper_e4m3(codes: UInt8[Array, "n k2"], scales: UInt8[Array, "n k32"]) -> HopperE4M3Weight:
+    """The canonical weight for products of e4m3 operands. Negative zeros become zeros.
+
+    Outputs whose scales cover more than :data:`E4M3_SPAN` powers of two get the factor NaN, as in :func:`to_hopper`.
+
+    Raises:
+      ValueError: shapes that do not fit.
+    """
+    each, held, below, base, fits = _for_hopper(codes, scales, E4M3_SPAN, 7)
+    exponents = jnp.where(held, jnp.maximum(E4M3_SPAN - 1 - below, 0), 0).astype(jnp.uint8)
+    # An element is code * 2**(exponent - 5): of the largest scale, code * 2**6.
+    factor = jax.lax.bitcast_convert_type((base - 6) << 23, jnp.float32)
+    rows = each.shape[0]
+    nibble = each.astype(jnp.uint32).reshape(rows, -1, 2, 2, 4, 4)  # [n, j, h, half, q, i]
+    word = jnp.zeros((rows, nibble.shape[1], 2, 4), jnp.uint32)
+    for half in range(2):
+        for i in range(4):
+            one = nibble[:, :, :, half, :, i]
+            word |= ((one & 7) << (4 * (4 * half + i))) | ((one >> 3) << (8 * i + 7 - 4 * half))
+    words = word.transpose(0, 1, 3, 2).reshape(rows, -1)
+    return HopperE4M3Weight(words, exponents.T, jnp.where(fits, factor, jnp.nan))
+
+
+def e4m3_codes(words: Array) -> Array:
+    """int32 codes 0 to 15 of words ``[n, w]``: ``[n, w / 4, 32]``, block by block."""
+    word = words.astype(jnp.int32).reshape(words.shape[0], -1, 4, 2).transpose(0, 1, 3, 2)  # [n, j, h, q]
+    halves = [
+        [((word >> (4 * (4 * half + i))) & 7) | ((word >> (8 * i + 7 - 4 * half)) & 1) << 3 for i in range(4)]
+        for half in range(2)
+    ]
+    each = jnp.stack([jnp.stack(half, -1) for half in halves], 3)  # [n, j, h, half, q, i]
+    return each.reshape(words.shape[0], -1, BLOCK)
+
+
+@jax.jit(static_argnames=("n", "k"))
+def from_hopper_e4m3(
+    weight: HopperE4M3Weight, n: int, k: int
+) -> tuple[UInt8[Array, "n k2"], UInt8[Array, "n k32"]]:
+    """Codes and scales of a weight ``[n, k]``: inverse of :func:`to_hopper_e4m3`; blocks of zeros have scale 0."""
+    base = (jax.lax.bitcast_convert_type(weight.factor, jnp.int32) >> 23) + 6
+    scale = weight.exponents.T.astype(jnp.int32) - (E4M3_SPAN - 1) + base[:, None]
+    return _canonical(e4m3_codes(weight.words), scale, n, k)
+
+
+def _canonical(each: Any, scale: Any, n: int, k: int) -> tuple[Any, Any]:
+    """Codes ``[n, b, 32]`` and scales, both int32, as they are stored; those of blocks of zeros are 0."""
+    codes = (each[..., ::2] | (each[..., 1::2] << 4)).astype(jnp.uint8).reshape(each.shape[0], -1)
+    scales = jnp.where((each != 0).any(-1), scale, 0).astype(jnp.uint8)
+    return codes[:n, : k // 2], scales[:n, : k // BLOCK]
 
 
 # ---------------------------------------------------------------- Blackwell

@@ -1,11 +1,17 @@
-"""How the TPU kernels cut a call into tiles: what a search on simulated cycles chose, and the VMEM that it needs.
+"""How the kernels cut a call into tiles.
 
-``python -m benchmarks.tpu_tune`` makes the table anew. Shapes that it lacks get the largest tiles that fit.
+TPU: what a search on simulated cycles chose, and the VMEM that it needs. ``python -m benchmarks.tpu_tune`` makes the
+table anew. Shapes that it lacks get the largest tiles that fit.
+
+GPU (Hopper, Blackwell): of the kernels' candidates the one with the least time by counting (:func:`counted_us`), for
+any shape, rows and number of multiprocessors. ``python -m benchmarks.gpu_tiles`` prints them for known models. No GPU
+has timed them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from pallas_kernels.layout import BLOCK, LANES, Kind, padded
@@ -160,6 +166,98 @@ def candidates(device: str, rows: int, n: int) -> list[Tiles]:
         for r in (1024, 512, 256, 128)
         if t <= r
     ]
+
+
+# ---------------------------------------------------------------- GPU
+
+
+class GPU(NamedTuple):
+    """What bounds a kernel on a GPU, by its vendor's data sheet."""
+
+    cores: int
+    """Multiprocessors."""
+    shared: int
+    """Bytes of shared memory that a block of threads may take."""
+    bandwidth: float
+    """Bytes of memory a second."""
+    clock: float
+    """Cycles a second, such that the tensor cores give the published peak."""
+    multiply_adds: int
+    """A cycle and multiprocessor: of bfloat16 on hopper, of 4-bit values on blackwell."""
+
+
+GPUS = {
+    "hopper": GPU(132, 232448, 3.35e12, 1.83e9, 2048),
+    "blackwell": GPU(148, 232448, 8.0e12, 1.85e9, 16384),
+}
+"""An H100 SXM and a B200: of others a call names the number of multiprocessors."""
+
+L2_BYTES = 32
+"""That a multiprocessor loads through the L2 cache in a cycle. An assumption: no data sheet has a figure."""
+
+FILL_US = 1.0
+"""Until the first step's operands have come, once for each time that a kernel's pipeline starts: an assumption."""
+
+SUM_US = 2.0
+"""Starting XLA's sum of the parts, where K is split: an assumption."""
+
+
+class Work(NamedTuple):
+    """A call cut into tiles."""
+
+    tiles: int
+    """Tiles of results, counted once for each part of K."""
+    steps: int
+    """Of a tile."""
+    loaded: float
+    """Bytes of operands that a step loads."""
+    cycles: float
+    """Of a step's instructions or multiply-adds, whichever takes longer."""
+    moved: float
+    """Bytes read from and written to memory, each once."""
+    summed: bool
+    """Whether K is split."""
+    drained: bool
+    """Whether the pipeline starts anew with every tile."""
+
+
+def counted_us(gpu: GPU, work: Work) -> float:
+    """Microseconds that a call takes by counting: the slower of its memory's and its multiprocessors' work, and what
+    neither hides. No measurement: tiles are compared by it."""
+    rounds = math.ceil(work.tiles / gpu.cores)
+    busy = rounds * work.steps * max(work.cycles, work.loaded / L2_BYTES) / gpu.clock * 1e6
+    starts = rounds if work.drained else 1
+    return max(work.moved / gpu.bandwidth * 1e6, busy) + starts * FILL_US + work.summed * SUM_US
+
+
+MOST_STAGES = 5
+"""Steps in flight that are worth a thought."""
+
+
+def cuts_of_k(rows: int, k: int, step: int, fits: Callable[[int, int], bool]) -> Iterator[tuple[int, int]]:
+    """Ways to cut K into equal parts of whole steps: parts, and the most steps in flight for which ``fits``.
+
+    A part has two steps at least, one to load while the other is multiplied, and the parts' results take no more
+    bytes than the weight.
+    """
+    steps = -(-k // step)
+    for splits in range(1, max(1, min(steps // 2, k * 17 // (32 * 4 * rows))) + 1):
+        if steps % splits == 0:
+            most = min(MOST_STAGES, steps // splits)
+            yield splits, max(stages for stages in range(1, most + 1) if fits(splits, stages))
+
+
+def least(gpu: GPU, works: dict[Any, Work]) -> Any:
+    """The tiles with the least time by counting; of equals those that load least."""
+
+    def cost(tiles: Any) -> tuple[float, float]:
+        work = works[tiles]
+        return counted_us(gpu, work), work.tiles * work.steps * work.loaded
+
+    return min(works, key=cost)
+
+
+# ---------------------------------------------------------------- TPU, the table
 
 
 TABLE: tuple[Entry, ...] = (

@@ -5,6 +5,8 @@ pytest does not collect this file by itself: test_sharding.py runs it in a proce
 
 import dataclasses
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -163,10 +165,11 @@ def test_a_moved_weight_would_be_seen(checkpoints):
         assert [c.operation for c in moved_weights(text, smallest_weight(model))] == ["all-gather"]
 
 
-def test_kernels_run_on_every_device(checkpoints, single):
+@pytest.mark.parametrize("implementation", ["tpu_interpret", "portable_interpret"])
+def test_kernels_run_on_every_device(checkpoints, single, implementation):
     """Interpreted, each on its own part: eight devices cut groups of blocks before o, and none before down."""
-    model = torq_jax.load(checkpoints(8), mesh="1x8", implementation="tpu_interpret").model
-    assert model.implementation == "tpu_interpret"
+    model = torq_jax.load(checkpoints(8), mesh="1x8", implementation=implementation).model
+    assert model.implementation == implementation
     assert hasattr(model.layers.attn_out, "inter") and not hasattr(model.layers.mlp_out, "inter")
     tokens = jnp.asarray(np.arange(12).reshape(2, 6) * 7 % 288)
     run = nnx.jit(lambda m, t: m(t)[0])
@@ -195,6 +198,15 @@ def test_a_rounded_cache_is_divided_too(tmp_path):
     settings = Sampling(max_tokens=4)
     got = generate.generate(model, PROMPTS[:3], settings)
     assert got == generate.generate(torq_jax.load(path, kv="mxfp4").model, PROMPTS[:3], settings)
+
+
+def test_the_documented_example(checkpoints, monkeypatch, capsys):
+    page = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    monkeypatch.chdir(checkpoints(8).parent)
+    Path("DIR").symlink_to(checkpoints(8))
+    exec(code, {})
+    assert capsys.readouterr().out == "2 data x 4 model\n"
 
 
 def test_meshes_that_do_not_fit(checkpoints):

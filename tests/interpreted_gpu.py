@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels import blackwell, hopper, layout, reference
 from tests.test_gpu_kernels import operands
 from tests.test_portable_kernels import BF16, F32, check_product, exact_case
-from torq_jax import mxfp4
+from torq_jax import gpu, mxfp4
 
 
 def interpreted(**options):
@@ -63,4 +63,28 @@ def test_blackwell_tiles_copies_and_barriers_are_right(m, k, n, tiles):
         reference.multiply(f(mxfp4.dequantize(x)), f(mxfp4.dequantize(w))) for f in (lambda v: v, jnp.abs)
     )
     assert bool((jnp.abs(y[:m, :n] - want) <= k * 2.0**-24 * size).all())
+    assert not races()
+
+
+@pytest.mark.parametrize("kind", ["hopper", "hopper_e4m3", "blackwell"])
+def test_what_is_tried_on_a_device_at_first_use_is_right_here(kind, monkeypatch):
+    """Packed sites of two layers, each read by its index; of Blackwell's kernel what a CPU can run. Fewer outputs."""
+    monkeypatch.setattr(gpu, "CHECKED", ((9, 512, 128, 4),))
+    gpu.check(kind, interpret=True)
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_hopper_e4m3_products_equal_the_reference(far):
+    x, inter, intra, w = exact_case(9, 1024, 200, (32, 2, 16, 16), (32, 32, 32), BF16)
+    if far:  # 19 powers of two lie between the first block of some rows and the rest, which no e4m3 row holds
+        inter = intra = None
+        x = x.at[2:5, :32].multiply(2.0**19)
+    packed = layout.to_hopper_e4m3(w.codes, w.scales)
+    options = {"tiles": hopper.Tiles(16, 2, 2), "cores": 2, "interpret": interpreted()}
+
+    def run(rule):
+        return hopper.rotate_quantize_matmul_e4m3(x, inter, intra, packed, rule=rule, **options)[:, :200]
+
+    # The interpreter adds in float32, as Hopper's tensor cores do not.
+    check_product(run, x, inter, intra, w, "even")
     assert not races()

@@ -44,7 +44,7 @@ def test_times_are_those_of_the_calls(monkeypatch):
 
 
 def test_implementations_by_capability():
-    assert gpu.available((9, 0)) == ["hopper", "portable"]
+    assert gpu.available((9, 0)) == ["hopper", "hopper_e4m3", "portable"]
     assert gpu.available((10, 0)) == ["blackwell", "portable"]
     assert gpu.available((12, 0)) == gpu.available((8, 9)) == ["portable"]
     assert gpu.copies(4096, 4096, 16, 4.25) == 16 and gpu.copies(14336, 4096, 2048, 16) == 2

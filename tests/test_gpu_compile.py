@@ -11,6 +11,7 @@ ROTATION = ((32, 2, 16, 16), (32, 32, 32))
 CALLS = [
     Call("hopper", "h100", 16, 1024, 1024),
     Call("hopper", "h100", 256, 1024, 1024),
+    Call("hopper_e4m3", "h100", 256, 2048, 4096),
     Call("blackwell", "b200", 16, 1024, 1024),
     Call("blackwell", "b200", 1024, 1024, 8192),
     Call("portable", "a100", 16, 512, 256, rule=None),

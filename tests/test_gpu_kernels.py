@@ -7,9 +7,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from pallas_kernels import blackwell, hopper, layout
+from benchmarks import gpu_tiles
+from benchmarks.tpu_tune import MODELS
+from pallas_kernels import blackwell, hopper, layout, tiles
 from tests.test_portable_kernels import BF16, F32
 from torq_jax import mxfp4
 
@@ -60,12 +63,40 @@ def test_an_old_jax_is_named_with_the_remedy():
         hopper.require()
 
 
-@pytest.mark.parametrize("rows", [1, 16, 64, 100, 2048])
-@pytest.mark.parametrize("k, n", [(4096, 4096), (4096, 14336), (14336, 4096), (256, 128)])
-def test_chosen_tiles_fit_the_shared_memory(rows, k, n):
-    tiles = hopper.choose(rows, k, n)
-    assert hopper.shared_memory(tiles, 4) <= hopper.SHARED_MEMORY
-    assert k // layout.HOPPER_STEP % tiles.splits == 0
+SITES = sorted({site for model in MODELS.values() for site in model.sites()})
+
+
+@pytest.mark.parametrize("module, kernel", [(hopper, "hopper"), (blackwell, "blackwell")])
+@pytest.mark.parametrize("rows", [1, 16, 100, 256, 2048])
+def test_tiles_of_known_models_fit_and_none_counts_less(module, kernel, rows):
+    for k, n in [(256, 128), *SITES]:
+        chosen, tried = module.choose(rows, k, n), module.candidates(rows, k, n)
+        assert chosen in tried
+        assert module.shared_memory(chosen, 4 if module is hopper else 2) <= module.SHARED_MEMORY
+        assert -(-k // 256) % chosen.splits == 0 and chosen.splits <= max(1, k // 512)
+        times = [tiles.counted_us(tiles.GPUS[kernel], module.work(t, rows, k, n)) for t in tried]
+        mine = tiles.counted_us(tiles.GPUS[kernel], module.work(chosen, rows, k, n))
+        assert mine == min(times)
+        # Never less than its bytes and its multiply-adds take.
+        assert mine >= gpu_tiles.row(kernel, rows, k, n)["bound_us"]
+
+
+def test_a_counted_time_is_what_it_says():
+    gpu = tiles.GPUS["hopper"]._replace(cores=10, clock=1e9, bandwidth=1e12)
+    work = tiles.Work(tiles=21, steps=4, loaded=3200, cycles=500, moved=2e6, summed=False, drained=True)
+    # Three rounds of four steps, 500 cycles for instructions against 100 for loads; 2 MB are faster.
+    assert tiles.counted_us(gpu, work) == pytest.approx(3 * 4 * 0.5 + 3 * tiles.FILL_US)
+    slow = work._replace(moved=9e6, summed=True, drained=False)
+    assert tiles.counted_us(gpu, slow) == pytest.approx(9 + tiles.FILL_US + tiles.SUM_US)
+    fewer = {"many": work, "few": work._replace(tiles=22, loaded=1600)}
+    assert tiles.least(gpu, fewer) == "few"  # equal times, fewer bytes
+
+
+def test_results_of_parts_take_no_more_than_the_weight():
+    fits = lambda splits, stages: splits * stages <= 12  # noqa: E731
+    assert list(tiles.cuts_of_k(16, 4096, 256, fits)) == [(1, 5), (2, 5), (4, 3), (8, 1)]
+    assert list(tiles.cuts_of_k(256, 4096, 256, fits)) == [(1, 5), (2, 5)]
+    assert list(tiles.cuts_of_k(2048, 4096, 256, fits)) == [(1, 5)]
 
 
 def operands(m, k, n):
@@ -90,10 +121,32 @@ def test_blackwell_refuses_what_it_cannot_run():
         blackwell.matmul(a, b, tiles=blackwell.Tiles(128, 8))
 
 
-@pytest.mark.parametrize("rows", [1, 100, 2048])
-@pytest.mark.parametrize("k, n", [(4096, 4096), (4096, 14336), (14336, 4096), (256, 128)])
-def test_chosen_blackwell_tiles_fit_the_shared_memory(rows, k, n):
-    for width in (2, 4):
-        tiles = blackwell.choose(rows, k, n, width=width)
-        assert blackwell.shared_memory(tiles, width) <= blackwell.SHARED_MEMORY
-        assert n % tiles.columns == 0 and k // layout.BLACKWELL_STEP % tiles.splits == 0
+def test_rows_are_e4m3_and_what_is_left_of_them():
+    rng = np.random.default_rng(0)
+    powers = rng.integers(-7, 8, (40, 8, 1))
+    powers[0, :, 0] = [7, -7, 0, 0, 0, 0, 0, 0]  # 14 apart, which fits ...
+    powers[20:] *= 2  # ... and up to 28, which does not
+    powers[20, :2, 0] = [14, -14]
+    magnitude = rng.choice([0, 0.5, 1, 1.5, 2, 3, 4, 6], (40, 8, 32)) * rng.choice([-1, 1], (40, 8, 32))
+    magnitude[:, :, 0] = 6
+    z = jnp.asarray((magnitude * 2.0**powers).reshape(40, 256), BF16)
+    z = z.at[2].set(0).at[3].multiply(2.0**-100).at[4].multiply(2.0**110)
+    first, left = hopper.split_e4m3(z)
+    assert first.values.dtype == jnp.float8_e4m3fn and left.dtype == BF16
+    whole = first.values.astype(F32) * first.factor[:, None]
+    np.testing.assert_array_equal(whole + left.astype(F32), z.astype(F32))
+    assert not left[:20].any() and left[20].any()
+    second, rest = hopper.split_e4m3(left)
+    assert not rest.any()
+    assert bool(
+        (jnp.abs(second.values.astype(F32) * second.factor[:, None]) <= jnp.abs(whole).max(1)[:, None]).all()
+    )
+    broken, left = hopper.split_e4m3(z.at[0, 5].set(jnp.nan))
+    assert bool(jnp.isnan(broken.values[0, 5].astype(F32))) and not left[0].any()
+
+
+def test_e4m3_is_multiplied_and_loaded_at_its_own_rate():
+    wide, narrow = (hopper.work(hopper.Tiles(128, 2), 128, 4096, 4096, e4m3=e) for e in (False, True))
+    assert wide.cycles == 2 * narrow.cycles == 128 * 128 * 256 / 2048
+    assert wide.loaded - narrow.loaded == 128 * 256
+    assert hopper.shared_memory(hopper.Tiles(128, 3), e4m3=True) < hopper.SHARED_MEMORY

@@ -57,8 +57,8 @@ def test_features_are_padded_to_whole_blocks():
 
 def test_errors_name_both_values_and_the_remedy(operands):
     x, w = operands
-    with pytest.raises(TorqError, match="implementation 'gpu' does not exist: must be one of tpu, xla"):
-        matmul(x, w, implementation="gpu")
+    with pytest.raises(TorqError, match="implementation 'cuda' does not exist: must be one of tpu, xla"):
+        matmul(x, w, implementation="cuda")
     with pytest.raises(TorqError, match="activations have 128 features, the weight 64"):
         matmul(x, w[:, :64])
     with pytest.raises(TorqError, match="activations have 64 features, the rotation 128"):

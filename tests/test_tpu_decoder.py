@@ -1,4 +1,5 @@
-"""A converted model whose sites run on the TPU kernels, in Pallas's interpretation, against the same model by XLA."""
+"""A converted model whose sites run on the TPU or the portable GPU kernels, in Pallas's interpretation, against the
+same model by XLA."""
 
 import dataclasses
 
@@ -46,10 +47,11 @@ def converted(request, tmp_path_factory):
     return out
 
 
-def test_logits_equal_those_of_xla(converted):
-    kernel = torq_jax.load(converted, implementation="tpu_interpret").model
+@pytest.mark.parametrize("implementation", ["tpu_interpret", "portable_interpret"])
+def test_logits_equal_those_of_xla(converted, implementation):
+    kernel = torq_jax.load(converted, implementation=implementation).model
     plain = torq_jax.load(converted).model
-    assert kernel.implementation == "tpu_interpret" and plain.implementation == "xla"
+    assert kernel.implementation == implementation and plain.implementation == "xla"
     assert all(getattr(stack, site).packed is not None for stack in kernel.stacks() for site in SITES)
     tokens = jnp.asarray([[3, 4, 5, 6, 7, 8], [9, 3, 1, 2, 5, 4]])
     run = nnx.jit(lambda m, t: m(t)[0])
@@ -95,7 +97,5 @@ def test_what_the_kernels_cannot_run_stays_and_is_said(converted, caplog):
 def test_implementations_that_cannot_run_are_errors(converted):
     with pytest.raises(TorqError, match="implementation 'tpu' needs a TPU, the backend is cpu"):
         torq_jax.load(converted, implementation="tpu")
-    with pytest.raises(TorqError, match="implementation 'portable_interpret' runs single products only"):
-        torq_jax.load(converted, implementation="portable_interpret")
     with pytest.raises(TorqError, match="implementation 'tpu_interpret' needs packed weights"):
         torq_jax.load(converted, implementation="tpu_interpret", dequantize=True)

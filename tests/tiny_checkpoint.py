@@ -36,31 +36,30 @@ def write(path, *, group=2, activation_scale="even", **changes):
     config = dataclasses.replace(CONFIG, **changes)
     rng = np.random.default_rng(0)
     forms = {}
-    with checkpoint.writing(path) as writer:
-        for index in range(config.num_layers):
-            layer = {
-                name: np.ones(config.hidden_size, np.float32) for name in ("attn_in_norm", "mlp_in_norm")
-            }
-            layer |= {name: np.ones(config.head_dim, np.float32) for name in ("q_norm", "k_norm")}
-            for site in SITES:
-                features = config.site_in_features(site)
-                blocks = features // 32
-                inter = _orthogonal(rng, 32, blocks // group, group, group)
-                intra = _orthogonal(rng, blocks, 32, 32)
-                forms[site] = SiteFormat("mxfp4", "mse", activation_scale, inter.shape, intra.shape)
-                layer[site] = {"inter": inter, "intra": intra}
-                for name, outputs in config.site_out_features(site).items():
-                    weight = rng.normal(size=(outputs, features)) / np.sqrt(features)
-                    packed = mxfp4.quantize(jnp.asarray(weight, jnp.float32), "mse")
-                    layer[site] |= {f"{name}_codes": packed.codes, f"{name}_scales": packed.scales}
-            writer.layer(index, layer)
-        for name in ("embed", "lm_head"):
-            table = rng.normal(size=(config.vocab_size, config.hidden_size)) / np.sqrt(config.hidden_size)
-            writer.outer(name, table.astype(np.float32))
-        writer.outer("norm", np.ones(config.hidden_size, np.float32))
-        writer.manifest(
-            {"config": config.to_json(), "sites": {site: form.to_json() for site, form in forms.items()}}
-        )
+    path.mkdir(parents=True)
+    writer = checkpoint.CheckpointWriter(path)
+    for index in range(config.num_layers):
+        layer = {name: np.ones(config.hidden_size, np.float32) for name in ("attn_in_norm", "mlp_in_norm")}
+        layer |= {name: np.ones(config.head_dim, np.float32) for name in ("q_norm", "k_norm")}
+        for site in SITES:
+            features = config.site_in_features(site)
+            blocks = features // 32
+            inter = _orthogonal(rng, 32, blocks // group, group, group)
+            intra = _orthogonal(rng, blocks, 32, 32)
+            forms[site] = SiteFormat("mxfp4", "mse", activation_scale, inter.shape, intra.shape)
+            layer[site] = {"inter": inter, "intra": intra}
+            for name, outputs in config.site_out_features(site).items():
+                weight = rng.normal(size=(outputs, features)) / np.sqrt(features)
+                packed = mxfp4.quantize(jnp.asarray(weight, jnp.float32), "mse")
+                layer[site] |= {f"{name}_codes": packed.codes, f"{name}_scales": packed.scales}
+        writer.layer(index, layer)
+    for name in ("embed", "lm_head"):
+        table = rng.normal(size=(config.vocab_size, config.hidden_size)) / np.sqrt(config.hidden_size)
+        writer.outer(name, table.astype(np.float32))
+    writer.outer("norm", np.ones(config.hidden_size, np.float32))
+    writer.manifest(
+        {"config": config.to_json(), "sites": {site: form.to_json() for site, form in forms.items()}}
+    )
     return path
 
 

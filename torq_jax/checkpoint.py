@@ -9,25 +9,25 @@
     DIR/tokenizer/      the tokenizer's own files
     DIR/report.json, report.html, plots/
 
-A checkpoint is written beside its destination and renamed when it is whole, so a directory with a manifest
-is a complete checkpoint.
+A checkpoint is written in a hidden directory beside its destination and renamed when it is whole (see
+:mod:`convert.resume`), so a directory with a manifest is a complete checkpoint. The same conversion writes the same
+bytes, times in the report excepted.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import jax
@@ -39,10 +39,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from torq_jax import cache, decoder, mxfp4, mxfp8, sharding
+from torq_jax import cache, decoder, files, mxfp4, mxfp8, sharding
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
 from torq_jax.decoder import Decoder, Formats, SiteFormat
-from torq_jax.errors import ConversionError, TorqError
+from torq_jax.errors import ConversionError, TorqError, WriteError
 from torq_jax.matmul import select
 
 MANIFEST = "torq.json"
@@ -62,28 +62,43 @@ class Loaded(NamedTuple):
 
 
 class CheckpointWriter:
-    """Writes a checkpoint piece by piece; see :func:`writing`."""
+    """Writes a checkpoint piece by piece into a directory that :mod:`convert.resume` puts in place when it is whole.
 
-    def __init__(self, directory: Path):
+    A piece, a layer or a parameter outside the layers, is written under another name and renamed when all of it is
+    on the disk. The same parameters make the same bytes.
+    """
+
+    def __init__(self, directory: Path, hashes: Mapping[str, str] | None = None):
+        """``hashes`` are those of an earlier writer of the same directory."""
         self.directory = directory
+        self.hashes = dict(hashes or {})
+        """sha256 of every file of finished pieces, by its place in the checkpoint."""
 
     def layer(self, index: int, parameters: Mapping[str, Any]) -> None:
-        """Write one layer's parameters, a nested dictionary of arrays."""
+        """Write one layer's parameters, a nested dictionary of arrays.
+
+        Raises:
+          WriteError: it cannot be written.
+        """
         self._save(self.directory / "layers" / f"{index:05d}", parameters)
 
     def outer(self, name: str, value: Any) -> None:
-        """Write one parameter outside the layers; each on its own, since embeddings are large."""
+        """Write one parameter outside the layers; each on its own, since embeddings are large.
+
+        Raises:
+          WriteError: it cannot be written.
+        """
         self._save(self.directory / "outer" / name, {name: value})
 
     def manifest(self, data: Mapping[str, Any]) -> None:
-        """Write the manifest; last, since it marks the checkpoint complete."""
-        text = json.dumps({"format": FORMAT, "version": VERSION, **data, "files": self._hashes()}, indent=1)
-        (self.directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        """Write the manifest, with the hashes of all pieces and of the tokenizer.
 
-    def _hashes(self) -> dict[str, str]:
-        """sha256 of every file that holds parameters, by its place in the checkpoint."""
-        files = (f for part in ("layers", "outer") for f in (self.directory / part).rglob("*") if f.is_file())
-        return {f.relative_to(self.directory).as_posix(): _sha256(f) for f in sorted(files)}
+        Raises:
+          OSError: it cannot be written.
+        """
+        found = self.hashes | hashes(self.directory, self.directory / "tokenizer")
+        text = json.dumps({"format": FORMAT, "version": VERSION, **data, "files": found}, indent=1)
+        files.write(self.directory / MANIFEST, (text + "\n").encode())
 
     def _save(self, path: Path, tree: Mapping[str, Any]) -> None:
         arrays = jax.tree.map(np.asarray, dict(tree))
@@ -91,26 +106,64 @@ class CheckpointWriter:
         needed = sum(x.nbytes for x in jax.tree.leaves(arrays)) + _OVERHEAD
         free = shutil.disk_usage(self.directory).free
         if free < needed:
-            raise ConversionError(
+            raise WriteError(
                 f"cannot write {name}: the disk is full: {needed / 2**20:.1f} MiB are needed and "
-                f"{free / 2**20:.1f} MiB are free; nothing was kept"
+                f"{free / 2**20:.1f} MiB are free"
             )
+        part = path.with_name(f".{path.name}.part")
         try:
-            with _quiet_failures(), ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(path.absolute(), arrays)
+            files.remove(part)
+            # Without OCDBT, whose files have random names and hold the time.
+            handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+            with _quiet_failures(), ocp.Checkpointer(handler) as checkpointer:
+                checkpointer.save(part.absolute(), args=ocp.args.PyTreeSave(arrays))
+            _without_time_and_place(part)
+            files.sync_tree(part)
+            found = hashes(part, part, str(name))
+            files.remove(path)
+            os.rename(part, path)
+            files.sync_directory(path.parent)
         except (OSError, ValueError) as error:  # tensorstore reports failed writes as a ValueError
-            raise ConversionError(f"cannot write {name}: {_reason(error)}; nothing was kept") from error
+            raise WriteError(f"cannot write {name}: {reason(error)}") from error
+        self.hashes |= found
+
+
+def hashes(directory: Path, below: Path, prefix: str = "") -> dict[str, str]:
+    """sha256 of every file below a part of ``directory``, by its path in that, after ``prefix``."""
+    found = sorted(f for f in below.rglob("*") if f.is_file())
+    return {str(PurePosixPath(prefix, f.relative_to(directory).as_posix())): files.sha256(f) for f in found}
+
+
+def _without_time_and_place(piece: Path) -> None:
+    """Take out of an Orbax piece when and where it was written, which reading it does not need."""
+    (piece / "commit_success.txt").unlink(missing_ok=True)
+    path = piece / "_CHECKPOINT_METADATA"
+    metadata = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(metadata | {k: 0 for k in metadata if k.endswith("_nsecs")}), encoding="utf-8")
+
+
+class _WithoutAbandoned(logging.Filter):
+    """Drops what asyncio says of Orbax's tasks that failed, or were still at work, when another had failed before."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        told = re.match(r"(\w+ exception was never retrieved|Task was destroyed but it is pending)", said)
+        return not (told and f"{os.sep}orbax{os.sep}checkpoint{os.sep}" in said)
+
+
+_WITHOUT_ABANDONED = _WithoutAbandoned()
 
 
 @contextlib.contextmanager
 def _quiet_failures() -> Iterator[None]:
     """Keep a failed write or read from filling the terminal: its error is raised, and needs no log beside it.
 
-    Orbax logs it once more with its stack, and every other one that was under way then finds its event loop
-    closed and says so through the interpreter's hook, from a thread of its own.
+    Orbax logs it once more with its stack. Of the others that were under way, one that fails in the event loop's last
+    round is logged by asyncio when it is collected, and every later one finds the loop closed and says so through the
+    interpreter's hook, from a thread of its own.
     """
-    hook, logger = sys.unraisablehook, logging.getLogger("absl")
-    level = logger.level
+    hook, logger, tasks = sys.unraisablehook, logging.getLogger("absl"), logging.getLogger("asyncio")
+    level, stayed = logger.level, _WITHOUT_ABANDONED in tasks.filters
 
     def without_closed_loops(caught: Any) -> None:
         if not (caught.exc_type is RuntimeError and "Event loop is closed" in str(caught.exc_value)):
@@ -118,43 +171,15 @@ def _quiet_failures() -> Iterator[None]:
 
     sys.unraisablehook = without_closed_loops
     logger.setLevel(logging.CRITICAL)
+    tasks.addFilter(_WITHOUT_ABANDONED)
     try:
         yield
-        sys.unraisablehook = hook  # after a failure it stays: those under way may end at any time
+        # After a failure both stay: those under way may end, and be collected, at any time.
+        sys.unraisablehook = hook
+        if not stayed:
+            tasks.removeFilter(_WITHOUT_ABANDONED)
     finally:
         logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def writing(directory: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[CheckpointWriter]:
-    """Write a checkpoint that appears at ``directory`` whole or not at all.
-
-    Everything goes to a hidden directory beside it, which is renamed at the end and removed on any error.
-
-    Raises:
-      ConversionError: the directory exists (and ``overwrite`` is not set), or it cannot be written.
-    """
-    target = Path(directory).resolve()  # through links: a directory cannot be renamed onto one
-    check_target(target, overwrite=overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    except OSError as error:
-        raise ConversionError(f"cannot write to {target.parent}: {_first_line(error)}") from error
-    try:
-        yield CheckpointWriter(partial)
-        partial.chmod(0o755)
-        if target.exists():
-            old = partial.with_name(partial.name + ".old")
-            os.rename(target, old)
-            os.rename(partial, target)
-            shutil.rmtree(old)
-        else:
-            os.rename(partial, target)
-    except OSError as error:
-        raise ConversionError(f"cannot write {target}: {_reason(error)}; nothing was kept") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_target(directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -210,7 +235,8 @@ def load(
         ``dtype`` as well. Embeddings and output projection take it then and on every CPU: a step would otherwise
         convert them whole, which needs the same memory each time.
       implementation: of the packed weights' products, one of :data:`torq_jax.matmul.IMPLEMENTATIONS`; None for the
-        TPU kernels on a TPU (:func:`torq_jax.decoder.pack`) and for XLA elsewhere.
+        TPU kernels on a TPU (:func:`torq_jax.decoder.pack`) and for XLA elsewhere; "gpu" for the kernels made for the
+        GPU at hand.
       kv: what generation stores keys and values in, one of :data:`torq_jax.cache.FORMATS`; ``dtype`` when None.
       mesh: devices to divide the model over, of one process or of all that ``jax.distributed`` has joined; or a text
         such as "1x8", see :func:`torq_jax.sharding.make_mesh`. Every array is read straight into its places: a
@@ -391,7 +417,7 @@ def check_files(directory: Path, manifest: Mapping[str, Any], part: str) -> None
             file = directory / name
             if not file.is_file():
                 raise TorqError(f"checkpoint is incomplete: {file} is missing")
-            if _sha256(file) != expected:
+            if files.sha256(file) != expected:
                 raise TorqError(
                     f"checkpoint is damaged: {file} is not what was written: convert or copy it again"
                 )
@@ -438,13 +464,7 @@ def load_tokenizer(directory: Path) -> Any:
 
 def directory_bytes(directory: Path, *parts: str) -> int:
     """Bytes of all files below ``directory``, or below the named parts of it."""
-    roots = [directory / part for part in parts] or [directory]
-    return sum(f.stat().st_size for root in roots for f in root.rglob("*") if f.is_file())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return sum(files.tree_bytes(directory / part) for part in parts or ("",))
 
 
 def _decoded_layer(
@@ -502,9 +522,11 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The operating system's own words where tensorstore quotes them in the middle of its."""
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    quoted = re.search(r": ([^:\[]+) \[os_error_code", str(error))
-    return quoted[1] if quoted else _first_line(error)
+        words = error.strerror
+    else:
+        quoted = re.search(r": ([^:\[]+) \[os_error_code", str(error))
+        words = quoted[1] if quoted else _first_line(error)
+    return f"the disk is full: {words}" if words == os.strerror(errno.ENOSPC) else words

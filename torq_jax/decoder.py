@@ -25,7 +25,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from torq_jax import cache as kv_cache
-from torq_jax import mesh_kernels, mxfp4, tpu
+from torq_jax import gpu, mesh_kernels, mxfp4, tpu
 from torq_jax.cache import KVCache, Stored, rotate_heads
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig, RopeScaling
 from torq_jax.errors import TorqError
@@ -34,9 +34,11 @@ from torq_jax.matmul import (
     INTERPRETED_AS,
     ActivationFormat,
     dot,
+    kernels_of,
     padded,
     precision,
     prepare,
+    runner,
     select,
     unfit,
 )
@@ -170,12 +172,12 @@ class Site(nnx.Module):
         return outputs
 
     def pack(self, kind: Any, dtype: Any, implementation: str) -> None:
-        """Replace the stacked parameters by what the TPU kernels read.
+        """Replace the stacked parameters by what the kernels read.
 
         Args:
           kind: layout of the weights.
           dtype: of the activations.
-          implementation: "tpu" or "tpu_interpret".
+          implementation: of :data:`torq_jax.matmul.IMPLEMENTATIONS`, what runs kernels.
         """
         names = SITE_WEIGHTS[self.site]
         transform = self.rotation()
@@ -184,7 +186,8 @@ class Site(nnx.Module):
         if own and transform is not None and own.mixed_apart(self.site, _one_layer(transform.inter)):
             kept, transform = ("inter",), dataclasses.replace(transform, inter=None)
         operands: Any = ([self.weight(name) for name in names], transform)
-        packing = functools.partial(tpu.pack_stack, dtype=dtype, kind=kind)
+        backend: Any = tpu if kernels_of(implementation) == "tpu" else gpu
+        packing = functools.partial(backend.pack_stack, dtype=dtype, kind=kind)
         if own is None:
             linear = packing(*operands)
             arrays, tree = jax.tree.flatten(linear)
@@ -205,13 +208,7 @@ class Site(nnx.Module):
         assert self.packed is not None
         tree, outputs, implementation = self.packed
         arrays = [getattr(self, f"packed_{i}")[...] for i in range(tree.num_leaves)]
-        interpreted = implementation == "tpu_interpret"
-        run = functools.partial(
-            tpu.apply,
-            activation_scale=self.form.activation_scale,
-            generation=INTERPRETED_AS if interpreted else None,
-            interpret=interpreted,
-        )
+        run = functools.partial(runner(implementation), activation_scale=self.form.activation_scale)
         if self.partition is None:
             y = run(x, jax.tree.unflatten(tree, arrays), layer=self.layer[...])
             return jnp.split(y, np.cumsum(outputs)[:-1].tolist(), axis=-1)
@@ -240,7 +237,7 @@ class Site(nnx.Module):
 
 
 class _Packed(NamedTuple):
-    """What is static of a site that the TPU kernels run."""
+    """What is static of a site that kernels run."""
 
     tree: Any
     outputs: tuple[int, ...]
@@ -534,7 +531,7 @@ def fill(model: Decoder, parameters: Mapping[str, Any]) -> Decoder:
 
 
 def pack(model: Decoder, implementation: str | None = None) -> Decoder:
-    """``model`` with its MXFP4 sites in the layout of the TPU kernels, where these can run them.
+    """``model`` with its MXFP4 sites in the layout of a TPU's or GPU's kernels, where these can run them.
 
     A site that they cannot run (another format, a scale rule that one pass cannot apply, scales of one output too far
     apart) stays as it is, for XLA; the log says which and why.
@@ -542,19 +539,15 @@ def pack(model: Decoder, implementation: str | None = None) -> Decoder:
     Args:
       model: with packed weights; it is changed.
       implementation: None for the kernels on a TPU and for XLA elsewhere; or one of
-        :data:`torq_jax.matmul.IMPLEMENTATIONS` that a decoder has.
+        :data:`torq_jax.matmul.IMPLEMENTATIONS`.
 
     Raises:
-      TorqError: an implementation that does not exist, cannot run here or has no form for a decoder.
+      TorqError: an implementation that does not exist or cannot run here.
     """
     chosen = select(implementation)
     if chosen == "xla":
         return model
-    if chosen not in ("tpu", "tpu_interpret"):
-        raise TorqError(
-            f"implementation {chosen!r} runs single products only, by torq_jax.matmul: a decoder runs on xla, tpu or "
-            "tpu_interpret"
-        )
+    kernels = kernels_of(chosen)
     generation = INTERPRETED_AS if chosen == "tpu_interpret" else None
     left: dict[str, str] = {}
     for stack in model.stacks():
@@ -565,7 +558,10 @@ def pack(model: Decoder, implementation: str | None = None) -> Decoder:
             weights = [site.weight(weight) for weight in SITE_WEIGHTS[name]]
             reason = unfit(weights[0], site.form.activation_scale, site.form.activations)
             kind = None
-            if reason is None:
+            if reason is None and kernels != "tpu":
+                reason = gpu.unfit(kernels, site.form.activation_scale, model.dtype, weights)
+                kind = kernels if reason is None else None
+            elif reason is None:
                 if site.partition is None:
                     each = [jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), w) for w in weights]
                     kind = tpu.best_kind(each, generation)
@@ -577,7 +573,8 @@ def pack(model: Decoder, implementation: str | None = None) -> Decoder:
             else:
                 site.pack(kind, model.dtype, chosen)
     for name, reason in left.items():
-        _log.warning("site %s runs as XLA compiles it, not on the TPU kernels: %s", name, reason)
+        title = "TPU" if kernels == "tpu" else kernels
+        _log.warning("site %s runs as XLA compiles it, not on the %s kernels: %s", name, title, reason)
     return model
 
 

@@ -7,3 +7,11 @@ class TorqError(ValueError):
 
 class ConversionError(TorqError):
     """A checkpoint that cannot be read, converted or written; nothing half-done is left behind."""
+
+
+class WriteError(ConversionError):
+    """Files that cannot be written: a full disk, a read-only one, a limit."""
+
+
+class ReadError(ConversionError):
+    """Files that cannot be read, and may be again: a disk that is gone, a file that is damaged."""

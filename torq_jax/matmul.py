@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import portable
 from pallas_kernels.reference import RULES
-from torq_jax import mxfp4, mxfp8, rotation, tpu
+from torq_jax import gpu, mxfp4, mxfp8, rotation, tpu
 from torq_jax.errors import TorqError
+from torq_jax.gpu import GPULinear
 from torq_jax.mxfp4 import MXFP4Array, ScaleRule
 from torq_jax.mxfp8 import MXFP8Array
 from torq_jax.rotation import TwoLevelRotation
 from torq_jax.tpu import TPULinear
 
-IMPLEMENTATIONS = ("tpu", "xla", "portable", "tpu_interpret", "portable_interpret")
-"""Implementations that exist, best first as far as that is known: "portable" is plain Pallas for any GPU, and is not
-chosen by itself until it has been timed on one. The last two run the kernels in Pallas's interpretation, slowly."""
-
-_BACKENDS = {"tpu": "tpu", "portable": "gpu"}
+KERNELS = ("tpu", *gpu.KINDS)
+IMPLEMENTATIONS = ("tpu", "xla", "gpu", *gpu.KINDS, *(f"{name}_interpret" for name in KERNELS))
+"""Implementations that exist. "gpu" stands for the kernels made for the GPU at hand: "hopper", "blackwell" or
+"portable"; "hopper_e4m3" multiplies at twice the rate of "hopper" and does not add in float32. None has been timed on
+a GPU, so without a name a GPU runs what XLA compiles. Those in "_interpret" run kernels on a CPU, slowly."""
 
 INTERPRETED_AS = "v6e"
 """The generation whose tiles an interpreted kernel uses."""
@@ -36,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 def matmul(
     x: Float[Array, "*batch features"],
-    weight: Float[Array, "out features"] | MXFP4Array | MXFP8Array | TPULinear,
+    weight: Float[Array, "out features"] | MXFP4Array | MXFP8Array | TPULinear | GPULinear,
     transform: TwoLevelRotation | None = None,
     *,
     activation_scale: ScaleRule | None = None,
@@ -52,8 +53,8 @@ def matmul(
       x: activations, float32 or bfloat16. A last block that is not whole is
         filled up with zeros.
       weight: ``[out, features]``, folded with ``transform``; MXFP4 or MXFP8 in blocks along the features, or float.
-        From :func:`torq_jax.tpu.pack`, with the rotation in it, it runs on the TPU kernels without being laid out
-        anew in every call.
+        From :func:`torq_jax.tpu.pack` or :func:`torq_jax.gpu.pack`, with the rotation in it, it runs on their kernels
+        without being laid out anew in every call.
       transform: the site's rotation; None leaves the activations as they are.
       activation_scale: scale rule for the activations' cast; None leaves them in float.
       activation_format: of that cast.
@@ -67,58 +68,39 @@ def matmul(
         scale rule of it that does not exist, or shapes that do not fit.
     """
     chosen = select(implementation, weight, activation_scale, activation_format)
-    if chosen in ("portable", "portable_interpret"):
+    if chosen == "xla":
+        assert not isinstance(weight, TPULinear | GPULinear)  # select() refuses them
+        prepared = prepare(x, transform, activation_scale, activation_format)
+        return dot(prepared, weight, rounded=activation_scale is not None)
+    if isinstance(weight, TPULinear | GPULinear):
+        if transform is not None:
+            raise TorqError("a packed weight has its rotation in it: pass transform=None, or to pack()")
+    else:
         assert isinstance(weight, MXFP4Array)  # select() refuses the rest
-        return _portable(x, weight, transform, activation_scale, interpret=chosen != "portable")
-    if chosen != "xla":
-        if isinstance(weight, TPULinear):
-            if transform is not None:
-                raise TorqError("a packed weight has its rotation in it: pass transform=None, or to pack()")
-        else:
-            assert isinstance(weight, MXFP4Array)  # select() refuses the rest
+        if chosen.startswith("tpu"):
             weight = tpu.pack(weight, transform, dtype=x.dtype)
-        interpreted = chosen == "tpu_interpret"
+        else:
+            # Inside jit no value is known: outputs that a layout cannot hold are NaN there.
+            known = [] if isinstance(weight.codes, jax.core.Tracer) else [weight]
+            reason = gpu.unfit(kernels_of(chosen), activation_scale, x.dtype, known)
+            if reason is not None:
+                raise TorqError(f"implementation {chosen!r} cannot run this product: {reason}; use 'xla'")
+            weight = gpu.pack(weight, transform, dtype=x.dtype, kind=kernels_of(chosen))
+    return runner(chosen)(x, weight, activation_scale)
+
+
+def kernels_of(implementation: str) -> Any:
+    """The kernels of an implementation, interpreted or not: one of :data:`KERNELS`."""
+    return implementation.removesuffix("_interpret")
+
+
+def runner(implementation: str) -> Callable[..., Any]:
+    """:func:`torq_jax.tpu.apply` or :func:`torq_jax.gpu.apply` as an implementation runs it."""
+    interpreted = implementation.endswith("_interpret")
+    if kernels_of(implementation) == "tpu":
         generation = INTERPRETED_AS if interpreted else None
-        return tpu.apply(x, weight, activation_scale, generation=generation, interpret=interpreted)
-    assert not isinstance(weight, TPULinear)
-    prepared = prepare(x, transform, activation_scale, activation_format)
-    return dot(prepared, weight, rounded=activation_scale is not None)
-
-
-def _portable(
-    x: Float[Array, "*batch features"],
-    weight: MXFP4Array,
-    transform: TwoLevelRotation | None,
-    activation_scale: str | None,
-    *,
-    interpret: bool,
-) -> Float[Array, "*batch out"]:
-    """The plain Pallas kernels of :mod:`pallas_kernels.portable`."""
-    if weight.axis != -1 or weight.codes.ndim != 2:
-        raise TorqError(
-            f"a weight of shape {weight.shape} blocked along axis {weight.axis}: must be [out, features]"
-        )
-    outputs, features = weight.codes.shape[0], weight.codes.shape[1] * 2
-    size = x.shape[-1]
-    if not 0 <= features - size < mxfp4.BLOCK:
-        raise TorqError(f"activations have {size} features, the weight {features}")
-    if transform is not None and transform.features != features:
-        raise TorqError(f"the weight has {features} features, the rotation {transform.features}")
-    rows = jnp.pad(x.reshape(-1, size), ((0, 0), (0, features - size)))
-    inter, intra = (None, None) if transform is None else (transform.inter, transform.intra)
-    try:
-        y = portable.rotate_quantize_matmul(
-            rows,
-            inter,
-            intra,
-            weight.codes,
-            weight.scales,
-            rule=activation_scale,  # type: ignore[arg-type]  # refused by its name
-            interpret=interpret,
-        )
-    except ValueError as error:
-        raise TorqError(str(error)) from error
-    return y.reshape(*x.shape[:-1], outputs)
+        return functools.partial(tpu.apply, generation=generation, interpret=interpreted)
+    return functools.partial(gpu.apply, interpret=interpreted)
 
 
 def select(
@@ -129,47 +111,74 @@ def select(
 ) -> str:
     """The implementation to use; a name that cannot run is an error, never another one in its place.
 
-    Without a weight, that of MXFP4 weights in general.
+    Without a weight, that of MXFP4 weights in general. "gpu" becomes the name of the kernels that it stands for. A
+    GPU's kernels are tried on a small product once a process, before anything relies on them.
     """
-    backend, packed = jax.default_backend(), isinstance(weight, TPULinear)
+    backend = jax.default_backend()
+    packed = _packed_for(weight)
     why = unfit(weight, activation_scale, activation_format)
-    if implementation is None and packed and backend != "tpu":
+    if implementation is None and packed and backend != _backend(packed):
         raise TorqError(
-            f"this weight is packed for a TPU, and the backend is {backend}: keep the MXFP4Array, or pass "
-            "implementation='tpu_interpret' to try the kernel slowly"
+            f"this weight is packed for a {_backend(packed).upper()}, and the backend is {backend}: keep the "
+            f"MXFP4Array, or pass implementation='{packed}_interpret' to try the kernel slowly"
         )
-    # A packed weight has one implementation on a TPU, fit or not.
+    # A packed weight has one implementation, fit or not.
     chosen = implementation
     if chosen is None:
-        chosen = "tpu" if packed or (backend == "tpu" and why is None) else "xla"
+        chosen = packed or ("tpu" if backend == "tpu" and why is None else "xla")
     if chosen not in IMPLEMENTATIONS:
         raise TorqError(
             f"implementation {chosen!r} does not exist: must be one of {', '.join(IMPLEMENTATIONS)}"
         )
-    if chosen == "xla" and packed:
+    if chosen == "gpu" and backend == "gpu":
+        chosen, older = (packed, None) if packed in gpu.KINDS else gpu.native(gpu.capability())
+        _announce(chosen, backend, older)
+    name = kernels_of(chosen)
+    if packed and name != packed:
         raise TorqError(
-            "this weight is packed for the TPU kernels: implementation 'xla' needs the MXFP4Array"
+            f"this weight is packed for the {'TPU' if packed == 'tpu' else packed} kernels: implementation "
+            f"{chosen!r} needs the MXFP4Array"
         )
-    if chosen != "xla" and why is not None:
+    if chosen == "xla":
+        if implementation is None:
+            _announce(chosen, backend, _why_xla(backend, why))
+        return chosen
+    if why is not None:
         raise TorqError(why)
-    needed = _BACKENDS.get(chosen, backend)
-    if backend != needed:
+    if chosen == name and backend != _backend(name):
+        slowly = f"{'portable' if name == 'gpu' else name}_interpret"
         raise TorqError(
-            f"implementation {chosen!r} needs a {needed.upper()}, the backend is {backend}: use 'xla', or "
-            f"'{chosen}_interpret' to try the kernel slowly"
+            f"implementation {chosen!r} needs a {_backend(name).upper()}, the backend is {backend}: use 'xla', or "
+            f"'{slowly}' to try the kernel slowly"
         )
-    if chosen.startswith("portable") and packed:
-        raise TorqError(
-            f"this weight is packed for the TPU kernels: implementation {chosen!r} needs the MXFP4Array"
-        )
+    if name in gpu.KINDS:
+        gpu.require(name, interpret=chosen != name)
     if implementation is None:
-        _announce(chosen, backend, why if backend == "tpu" else None)
+        _announce(chosen, backend, None)
     return chosen
 
 
+def _packed_for(weight: Any) -> str | None:
+    """The kernels that a weight is packed for, None if for none."""
+    if isinstance(weight, GPULinear):
+        return weight.kind
+    return "tpu" if isinstance(weight, TPULinear) else None
+
+
+def _backend(kernels: str) -> str:
+    """JAX's name of the devices that they run on."""
+    return "tpu" if kernels == "tpu" else "gpu"
+
+
+def _why_xla(backend: str, why: str | None) -> str | None:
+    if backend == "gpu" and why is None:
+        return "implementation='gpu' takes the kernels made for this GPU, which no GPU has timed yet"
+    return None if backend == "cpu" else why
+
+
 def unfit(weight: Any, activation_scale: str | None, activation_format: str) -> str | None:
-    """Why the kernels cannot run a product with such operands; None if they can."""
-    if not isinstance(weight, MXFP4Array | TPULinear | None):
+    """Why no kernel can run a product with such operands; None if some can."""
+    if not isinstance(weight, MXFP4Array | TPULinear | GPULinear | None):
         return f"the kernels multiply MXFP4 weights, not {type(weight).__name__}"
     if activation_scale is not None and activation_format != "mxfp4":
         return f"the kernels round activations to mxfp4, not {activation_format}"

@@ -1,4 +1,4 @@
-"""The TPU kernels under a mesh: every device packs and multiplies its own part of a site.
+"""The kernels under a mesh: every device packs and multiplies its own part of a site.
 
 A kernel is opaque to the compiler's partitioner, so a site's call is mapped over the mesh by hand. What a device
 packs is one kernel's operands for that device alone, exponents and common factors included; the parts lie side by

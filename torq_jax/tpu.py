@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import layout, tiles, tpu
+from torq_jax import packing
 from torq_jax import rotation as rotations
 from torq_jax.errors import TorqError
 from torq_jax.mxfp4 import MXFP4Array
@@ -63,23 +65,10 @@ def pack(
     Raises:
       TorqError: weights of different sizes, not blocked along their features, or another dtype.
     """
-    each = [weights] if isinstance(weights, MXFP4Array) else list(weights)
-    features = {w.codes.shape[-1] * 2 for w in each}
-    if len(features) != 1 or any(w.axis != -1 or w.codes.ndim != 2 for w in each):
-        shapes = ", ".join(str(w.shape) for w in each)
-        raise TorqError(
-            f"weights of shapes {shapes} cannot stand side by side: must be [out, features] alike"
-        )
-    if dtype not in (jnp.bfloat16, jnp.float32):
-        raise TorqError(f"activations of {jnp.dtype(dtype)} cannot run on the TPU kernels: cast to bfloat16")
-    size = features.pop()
-    codes = jnp.concatenate([w.codes for w in each])
-    scales = jnp.concatenate([w.scales for w in each])
+    codes, scales = packing.side_by_side(weights, transform, dtype, "TPU")
+    size = codes.shape[1] * 2
     inter = intra = before = None
     if transform is not None:
-        rotations.validate(transform)
-        if transform.features != size:
-            raise TorqError(f"the weights have {size} features, the rotation {transform.features}")
         inter, intra = transform.inter, transform.intra
         if inter is not None and tpu.exchanged_bits(inter, size) is None:
             inter, before = None, inter
@@ -99,25 +88,14 @@ def stack(linears: Sequence[TPULinear]) -> TPULinear:
     Raises:
       TorqError: sites of different shapes or kinds.
     """
-    if len({(x.out_features, x.features, x.kind) for x in linears}) != 1:
-        raise TorqError("sites of different sizes or layouts cannot be stacked: pack them alike")
-    return jax.tree.map(lambda *each: jnp.stack(each), *linears)
+    return packing.stack(linears)
 
 
 def pack_stack(
     weights: Sequence[MXFP4Array], transform: TwoLevelRotation | None, *, dtype: Any, kind: layout.Kind
 ) -> TPULinear:
     """:func:`pack` of every layer, and :func:`stack` of the results: arrays with a leading axis of layers."""
-    each = [
-        pack(
-            [jax.tree.map(lambda a: a[i], weight) for weight in weights],  # noqa: B023
-            jax.tree.map(lambda a: a[i], transform),  # noqa: B023
-            dtype=dtype,
-            kind=kind,
-        )
-        for i in range(weights[0].codes.shape[0])
-    ]
-    return stack(each)
+    return stack(packing.pack_layers(functools.partial(pack, dtype=dtype, kind=kind), weights, transform))
 
 
 def best_kind(weights: Sequence[MXFP4Array], device: str | None = None) -> layout.Kind | None:
@@ -169,11 +147,7 @@ def apply(
     Raises:
       TorqError: a scale rule that one pass cannot apply, a dtype or size that does not fit, an unknown TPU.
     """
-    size = x.shape[-1]
-    if not 0 <= linear.features - size < layout.BLOCK:
-        raise TorqError(f"activations have {size} features, the weight {linear.features}")
-    rows = x.reshape(-1, size)
-    rows = jnp.pad(rows, ((0, 0), (0, linear.features - size)))
+    rows = packing.rows_of(x, linear.features)
     if linear.before is not None:
         before = linear.before if layer is None else linear.before[layer]
         rows = rotations.rotate(rows, TwoLevelRotation(before, None, linear.features))

@@ -1,0 +1,133 @@
+"""Files that are there whole or not at all, whenever the process or the machine stops."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from torq_jax.errors import ReadError
+
+_DIGEST = hashlib.sha256().digest_size
+
+
+def sha256(file: Path) -> str:
+    """sha256 (hex) of a file's content."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def write(path: Path, data: bytes) -> None:
+    """Put a file in place by renaming: no reader, and no stop at whatever moment, meets half of it.
+
+    Raises:
+      OSError: it cannot be written; what was there before is there still.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        sync_directory(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make names in a directory outlast a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Make a directory with all that lies in it outlast a power cut."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(Path(folder))
+
+
+class _Hashed:
+    """A file that is hashed as it is written."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+
+def save_arrays(path: Path, arrays: Iterable[np.ndarray]) -> None:
+    """Write arrays, in numpy's format, with the sha256 of all that after them, and wait until they are on the disk.
+
+    The file is not renamed into place: whoever writes it says elsewhere when it counts.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    with path.open("wb") as file:
+        hashed = _Hashed(file)
+        for array in arrays:
+            np.save(hashed, array, allow_pickle=False)  # type: ignore[arg-type]
+        file.write(hashed.digest.digest())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_arrays(path: Path) -> list[np.ndarray]:
+    """Read what :func:`save_arrays` wrote.
+
+    Raises:
+      ReadError: the file is missing, or not what was written.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ReadError(f"{path} cannot be read: {error.strerror or error}") from error
+    end = len(content) - _DIGEST
+    if end < 0 or hashlib.sha256(memoryview(content)[:end]).digest() != content[end:]:
+        raise ReadError(f"{path} is damaged: it is not what was written")
+    stream, arrays = io.BytesIO(content), []
+    while stream.tell() < end:
+        arrays.append(np.load(stream, allow_pickle=False))
+    return arrays
+
+
+def load_array(path: Path) -> np.ndarray:
+    """Read the one array that :func:`save_arrays` wrote.
+
+    Raises:
+      ReadError: the file is missing, or not what was written.
+    """
+    (array,) = load_arrays(path)
+    return array
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a directory with all that lies in it, if it is there.
+
+    Raises:
+      OSError: it cannot be deleted.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def tree_bytes(directory: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(f.stat().st_size for f in directory.rglob("*") if f.is_file())
