@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from safetensors.flax import load_file
 
-from torq_jax import decoder, mxfp4, mxfp8
+from torq_jax import checkpoint, decoder, mxfp4, mxfp8
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig, RopeScaling
 from torq_jax.decoder import Decoder, SiteFormat
 from torq_jax.errors import ConversionError, TorqError
@@ -314,3 +314,13 @@ def test_formats_of_another_number_of_layers_are_an_error():
         TorqError, match="a site of weights 'mxfp6' and activations 'mxfp4': must be of float"
     ):
         SiteFormat(weights="mxfp6")
+
+
+def test_decoding_widens_float_weights_too():
+    """Else a step of a CPU would widen all layers' weights anew."""
+    config = golden_model("llama3").config
+    out = config.site_out_features("mlp_out")["down"]
+    stored = jnp.linspace(-1, 1, out * config.intermediate_size, dtype=jnp.bfloat16).reshape(out, -1)
+    decoded = checkpoint.decode_site({"down": stored}, config, "mlp_out", SiteFormat(), jnp.float32)
+    assert decoded["down"].dtype == jnp.float32
+    np.testing.assert_array_equal(decoded["down"], stored.astype(jnp.float32))
