@@ -223,7 +223,8 @@ def main() -> int:
         "machine": describe(),
     }
     options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    reached = all(row["ratio_of_medians"] >= TARGET for row in table if row["who"] == "ours")
+    own = [row for row in table if row["who"] == "ours"]
+    reached = all(min(row["ratio_of_medians"], row["ratio_of_fastest"]) >= TARGET for row in own)
     print(f"target of {TARGET}×: {'reached' if reached else 'missed'}")
     return 0 if reached else 1
 
