@@ -1,6 +1,7 @@
 """MXFP4 in Flax modules that are not ours."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -124,3 +125,16 @@ def test_bad_rules_are_told(model, x):
         quantize_linears(model, [Rule("up")], x.at[0, 0].set(jnp.nan))
     with pytest.raises(TorqError, match="inside jit"):
         jax.jit(functools.partial(quantize_linears, model, [Rule("up")]))(x)
+
+
+def test_qwix_rounds_to_the_same_values():
+    """qwix's scale rule is our "ceil"; see goldens/make_qwix_golden.py."""
+    golden = np.load(Path(__file__).parent / "goldens" / "qwix.npz")
+    x, w, left, right = (golden[name] for name in ("x", "w", "left", "right"))
+    np.testing.assert_array_equal(mxfp4.quantize_dequantize(x, "ceil"), left)
+    np.testing.assert_array_equal(mxfp4.quantize_dequantize(w, "ceil", axis=0), right)
+    y = DotGeneral("ceil", "ceil")(jnp.asarray(x), jnp.asarray(w), (((1,), (0,)), ((), ())))
+    bound = (
+        96 * 2**-24 * (np.abs(left) @ np.abs(right)) * 1.001
+    )  # as in check_product; the bound is in float32
+    assert np.all(np.abs(y - left.astype(np.float64) @ right) <= bound)
