@@ -142,6 +142,7 @@ def test_the_default_converts_every_family(name, sensitivity, tmp_path, text):
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3-tied"])
+@pytest.mark.once
 def test_what_makes_up_for_rounded_activations(name, tmp_path, text):
     options = ["--method", "two_level", "--rounding", "gptq", "--mean-correction", "--target", "rounded"]
     options += [
@@ -226,6 +227,7 @@ def test_two_sided_rounding_without_gradients_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["llama3-tied", "qwen3", "qwen3-tied"])
 @pytest.mark.parametrize("method", ["none", "hadamard", "torq", "wush", "two_level"])
+@pytest.mark.once
 def test_every_family_converts(name, method, tmp_path):
     out = tmp_path / "out"
     assert convert(name, out, "--method", method, "--weights", "bf16", "--activations", "bf16") == 0
@@ -542,6 +544,7 @@ def test_a_flipped_bit_is_noticed(converted, tmp_path):
         torq_jax.load(copy)
 
 
+@pytest.mark.once
 def test_streams_in_files_change_nothing(tmp_path, monkeypatch, text):
     options = ["--evaluate", str(text), "--window", "64", "--windows", "2"]
     assert convert("llama3", tmp_path / "memory", *options) == 0
@@ -577,6 +580,7 @@ def test_default_names():
     )
 
 
+@pytest.mark.once
 def test_bfloat16_source_keeps_its_dtype(tmp_path):
     assert convert("llama3-tied", tmp_path / "out") == 0
     outer = tmp_path / "out" / "outer"

@@ -105,6 +105,7 @@ def test_folded_layers_are_the_same_model(name, scales):
     np.testing.assert_allclose(logits, golden["logits"], atol=tolerance, rtol=0)
 
 
+@pytest.mark.once
 def test_only_v_s_transform_is_folded_where_the_rest_runs_online(tmp_path):
     out = tmp_path / "out"
     assert convert("qwen3-tied", out, "--method", "wush", "--fold", "free") == 0
@@ -130,6 +131,7 @@ def test_only_v_s_transform_is_folded_where_the_rest_runs_online(tmp_path):
 @pytest.mark.parametrize(
     ("name", "rounding"), [("llama3", "gptq"), ("qwen3", "two_sided"), ("qwen3-tied", "gptq")]
 )
+@pytest.mark.once
 def test_folded_only_runs_nothing_online(name, rounding, tmp_path, text):  # noqa: F811
     out = tmp_path / "out"
     options = ["--evaluate", str(text), "--window", "64", "--windows", "2"]
@@ -179,6 +181,7 @@ def test_nothing_rounded_the_folded_checkpoint_is_the_model(name, tmp_path):
     assert np.sqrt(np.mean((ours - golden["logits"]) ** 2)) < 0.03 * golden["logits"].std()
 
 
+@pytest.mark.once
 def test_folding_is_reproducible(tmp_path):
     for out in (tmp_path / "a", tmp_path / "b"):
         assert convert("qwen3", out, "--folded-only") == 0

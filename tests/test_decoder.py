@@ -267,6 +267,7 @@ def packed_model(places, layers=5):
         ({(2, "mlp_in"), (3, "mlp_in")}, (2, 2, 1)),
     ],
 )
+@pytest.mark.once
 def test_runs_of_formats_equal_one_layer_after_the_other(places, lengths):
     model, formats, singles = packed_model(places)
     assert model.run_lengths == lengths

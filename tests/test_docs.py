@@ -18,6 +18,8 @@ from convert.__main__ import main
 from tests.test_decoder import GOLDENS, golden_model
 from torq_jax import likelihood, tasks
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 ELSEWHERE = {"docs/scaling.md"}  # eight_devices.py runs its Python on as many

@@ -22,6 +22,8 @@ from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
 from torq_jax.errors import ConversionError, TorqError
 from torq_jax.rotation import TwoLevelRotation
 
+pytestmark = pytest.mark.once
+
 CONFIG = dataclasses.replace(
     test_sensitivity.CONFIG, hidden_size=64, intermediate_size=96, num_layers=3, head_dim=16
 )

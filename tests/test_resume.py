@@ -15,6 +15,8 @@ from convert.__main__ import main
 from tests.test_convert import GOLDENS, SMALL, error_of
 from torq_jax import checkpoint, data, files
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):

@@ -36,6 +36,8 @@ from torq_jax.likelihood import (
 )
 from torq_jax.tasks import paired, parse_item, read_task
 
+pytestmark = pytest.mark.once
+
 CHOICE = {"context": "Question: sky?\nAnswer:", "choices": ["blue", "a cow"], "answer": 0}
 PARTIAL = {"context": "", "choices": ["the cat so it", "the dog so it"], "target": " barks.", "answer": 1}
 LAST_WORD = {"context": "The capital of France is", "target": " Paris"}
