@@ -1,4 +1,4 @@
-"""Write ``qwix.npz``: operands and a product that qwix rounded to MXFP4. Needs qwix 0.1.8, in an environment of its own."""
+"""Write ``qwix.npz``: operands that qwix rounded to MXFP4. Needs qwix 0.1.8, in an environment of its own."""
 
 from pathlib import Path
 
