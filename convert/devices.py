@@ -97,16 +97,28 @@ def _run(
 
 
 def select(count: int | None) -> Devices:
-    """The first ``count`` devices; one when None.
+    """The first ``count`` devices; the default one when None.
 
     Raises:
       ConversionError: fewer devices, or more than one process.
     """
     if count is None:
-        return Devices()
+        return ONE
+    if count < 1:
+        raise ConversionError(f"--devices {count}: must be one or more")
     if jax.process_count() > 1:
-        raise ConversionError(f"a conversion runs in one process, this is one of {jax.process_count()}")
+        raise ConversionError(
+            f"a conversion runs in one process, this is one of {jax.process_count()}: run it without "
+            "jax.distributed"
+        )
     found = jax.devices()
-    if not 1 <= count <= len(found):
-        raise ConversionError(f"--devices {count}: there are {len(found)} of kind {found[0].device_kind}")
-    return Devices() if count == 1 else Devices(Mesh(np.array(found[:count]), (_AXIS,)))
+    if count > len(found):
+        more = (
+            f", or set XLA_FLAGS=--xla_force_host_platform_device_count={count}, which divides a CPU"
+            if found[0].platform == "cpu"
+            else ""
+        )
+        raise ConversionError(
+            f"--devices {count}: there are {len(found)} ({found[0].device_kind}): pass at most that many{more}"
+        )
+    return ONE if count == 1 else Devices(Mesh(np.array(found[:count]), (_AXIS,)))

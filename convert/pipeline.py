@@ -1262,7 +1262,7 @@ def gather_layer(
             _put_back(stream, group, y)
         for found, kept, added in zip(gathered, samples, sums, strict=True):
             for site in SITES:
-                rows, sizes = (np.concatenate(list(np.asarray(a))) for a in kept[site])
+                rows, sizes = (np.concatenate(np.asarray(a)) for a in kept[site])
                 one = statistics.from_sums(added[site], rows, sizes)
                 found[site] = statistics.add(found[site], one) if site in found else one
     return gathered
