@@ -5,6 +5,8 @@ pytest does not collect this file by itself: test_sharding.py runs it in a proce
 
 import dataclasses
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -195,6 +197,15 @@ def test_a_rounded_cache_is_divided_too(tmp_path):
     settings = Sampling(max_tokens=4)
     got = generate.generate(model, PROMPTS[:3], settings)
     assert got == generate.generate(torq_jax.load(path, kv="mxfp4").model, PROMPTS[:3], settings)
+
+
+def test_the_documented_example(checkpoints, monkeypatch, capsys):
+    page = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    monkeypatch.chdir(checkpoints(8).parent)
+    Path("DIR").symlink_to(checkpoints(8))
+    exec(code, {})
+    assert capsys.readouterr().out == "2 data x 4 model\n"
 
 
 def test_meshes_that_do_not_fit(checkpoints):

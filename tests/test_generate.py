@@ -542,7 +542,7 @@ def test_a_chat_in_a_terminal(checkpoint):
         cwd=Path(__file__).parent.parent,
     )
     os.close(theirs)
-    shown, last, end = b"", b"", time.monotonic() + 180
+    shown, last, end = b"", b"", time.monotonic() + 600
     try:
         for typed in (b"hello\n", b"/reset\n", b"\x03", b"again\n", b"\x04"):
             prompts = shown.count(b"> ")
