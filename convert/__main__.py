@@ -17,7 +17,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from rich.console import Console
 
-from convert import calibration, pipeline, report, resume, sources
+from convert import calibration, devices, pipeline, report, resume, sources
 from convert.progress import progress
 from torq_jax import checkpoint, data, evaluate, generate, rounding, solvers
 from torq_jax.config import DecoderConfig
@@ -67,6 +67,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--revision", help="branch, tag or commit on the hub")
     p.add_argument(
         "--out", type=Path, help="directory to write (default: the model's name and -METHOD-mxfp4)"
+    )
+    p.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="divide the sequences of the texts over this many devices; the weights of a layer are on each "
+        "(default: one)",
     )
     p.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
     p.add_argument(
@@ -211,6 +218,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     spec = str(sources.fetch_demo(progress=say)) if options.demo else options.hf
     source = sources.open_source(spec, revision=options.revision, progress=say)
     out = options.out or Path(default_name(source.name, settings.method))
+    used = devices.select(options.devices)
     pipeline.check(source.config, settings)
     resume.check_target(
         out, overwrite=options.overwrite, resume=options.resume
@@ -245,6 +253,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             overwrite=options.overwrite,
             resume=options.resume,
             progress=shown,
+            devices=used,
         )
     if prompts:
         # The report is written already: this needs the whole model in memory, which the conversion did not.

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from convert import names
+from convert.devices import ONE, Devices
 from convert.progress import LayerProgress
 from convert.sources import Source
 from torq_jax import files, sensitivity
@@ -79,7 +80,7 @@ def disk_bytes(config: DecoderConfig, tokens: int, *, outputs: bool = False) -> 
 def measure(
     source: Source,
     read_layer: Layers,
-    run_layer: Callable[[Any, Any], Any],
+    run_layer: Callable[[Any, tuple[Any]], tuple[Any, Any]],
     tokens: Int32[np.ndarray, "sequences t"],
     folder: Path,
     *,
@@ -87,19 +88,21 @@ def measure(
     progress: LayerProgress,
     outputs: bool = False,
     costs: bool = False,
+    devices: Devices = ONE,
 ) -> Sensitivity:
     """Run the pass, or what is left of it: its folder says after each layer how far it has come.
 
     Args:
       source: the float model.
       read_layer: parameters of a layer.
-      run_layer: ``(parameters, x) -> y`` of a float layer.
+      run_layer: ``(parameters, (x,)) -> (y, ())`` of a float layer and a group of sequences.
       tokens: calibration tokens.
       folder: to write to; made here unless an earlier pass that was stopped has.
       seed: of the labels.
       progress: advanced once a layer and direction.
       outputs: whether to gather moments at the weights' outputs, too.
       costs: whether to model what rounding each site costs.
+      devices: over which sequences are divided.
 
     Raises:
       ConversionError: activations or gradients that are not finite.
@@ -130,12 +133,16 @@ def measure(
         # numpy's format does not know bfloat16.
         files.save_arrays(streams / f"{layer}.{sequence}.npy", [x.astype(ml_dtypes.bfloat16).view(np.uint16)])
 
-    def load(layer: int, sequence: int) -> jax.Array:
-        stored = files.load_array(streams / f"{layer}.{sequence}.npy")
-        return jnp.asarray(stored.view(ml_dtypes.bfloat16), jnp.float32)
+    def load(layer: int, group: range) -> np.ndarray:
+        stored = (files.load_array(streams / f"{layer}.{i}.npy") for i in group)
+        return np.concatenate([s.view(ml_dtypes.bfloat16).astype(np.float32) for s in stored])
 
     def gradient_file(layer: int, sequence: int) -> Path:
         return streams / f"gradient.{layer}.{sequence}.npy"
+
+    def save_gradients(layer: int, group: range, gradients: Any) -> None:
+        for row, i in enumerate(group):
+            files.save_arrays(gradient_file(layer, i), [np.asarray(gradients[row : row + 1])])
 
     progress.stage("sensitivity, forward")
     if not done["up"]:
@@ -144,37 +151,42 @@ def measure(
             save(0, i, table[row][None].astype(np.float32))
         del table
     for layer in range(done["up"], config.num_layers):
-        parameters = read_layer(layer)
-        for i in range(count):
-            save(layer + 1, i, run_layer(parameters, load(layer, i)))
+        parameters = devices.share(read_layer(layer))
+        for group in devices.groups(count):
+            y, _ = run_layer(parameters, (load(layer, group),))
+            for row, i in enumerate(group):
+                save(layer + 1, i, y[row : row + 1])
         count_layer("up")
 
     progress.stage("sensitivity, backward")
     if not done["down"]:
-        head = jnp.asarray(source.read(outer["embed" if config.tie_embeddings else "lm_head"]))
-        norm = jnp.asarray(source.read(outer["norm"]))
-        keys = jax.random.split(jax.random.key(seed), count)
-        for i in range(count):
-            top = load(config.num_layers, i)
-            gradient = sensitivity.head_gradient(top, norm, head, keys[i], eps=config.norm_eps)
-            files.save_arrays(gradient_file(config.num_layers, i), [np.asarray(gradient)])
+        head = source.read(outer["embed" if config.tie_embeddings else "lm_head"])
+        shared = devices.share((source.read(outer["norm"]), head))
         del head
+        keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(seed), count)))
+        for group in devices.groups(count):
+            own = (load(config.num_layers, group), keys[group.start : group.stop])
+            gradients, _ = devices.run(_from_head, (config.norm_eps,), shared, own)
+            save_gradients(config.num_layers, group, gradients)
+        del shared
     for layer in reversed(range(config.num_layers - done["down"])):
-        parameters = read_layer(layer)
+        parameters = devices.share(read_layer(layer))
         weights: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
         totals: dict[str, Any] = {}
         spent = {site: np.zeros(2) for site in SITES}
-        for i in range(count):
-            gradient = jnp.asarray(files.load_array(gradient_file(layer + 1, i)))
-            found = sensitivity.layer_gradients(
-                config, parameters, load(layer, i), gradient, outputs=outputs, costs=costs
+        for group in devices.groups(count):
+            above = [files.load_array(gradient_file(layer + 1, i)) for i in group]
+            (before, energies), (moments, cost) = devices.run(
+                _through_layer,
+                (config, outputs, costs),
+                parameters,
+                (load(layer, group), np.concatenate(above)),
             )
-            files.save_arrays(gradient_file(layer, i), [np.asarray(found.before)])
+            save_gradients(layer, group, before)
             for site in SITES:
-                weights[site].append(np.asarray(found.energies[site]))
+                weights[site].extend(np.asarray(energies[site]))
                 if costs:
-                    spent[site] += np.asarray(found.costs[site])
-            moments = found.gains | found.outputs
+                    spent[site] += np.asarray(cost[site])
             totals = jax.tree.map(jnp.add, totals, moments) if totals else moments
         for site in SITES:
             files.save_arrays(folder / f"{layer}.{site}.weights.npy", [np.stack(weights[site])])
@@ -192,3 +204,21 @@ def measure(
             gradient_file(layer + 1, i).unlink(missing_ok=True)
     files.remove(streams)
     return Sensitivity(folder)
+
+
+def _from_head(eps: float, shared: Any, top: Any, key: Any) -> tuple[Any, Any]:
+    """The gradient at the top of a sequence."""
+    norm, head = shared
+    own = jax.random.wrap_key_data(jnp.asarray(key[0]))
+    return sensitivity.head_gradient(jnp.asarray(top), norm, head, own, eps=eps), ()
+
+
+def _through_layer(
+    config: DecoderConfig, outputs: bool, costs: bool, parameters: Any, x: Any, gradient: Any
+) -> tuple[Any, Any]:
+    """The gradient before a layer of a sequence and its energies; moments and costs."""
+    found = sensitivity.layer_gradients(
+        config, parameters, jnp.asarray(x), jnp.asarray(gradient), outputs=outputs, costs=costs
+    )
+    energies = {site: energy[None] for site, energy in found.energies.items()}
+    return (found.before, energies), (found.gains | found.outputs, found.costs)

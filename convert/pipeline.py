@@ -29,6 +29,7 @@ import numpy as np
 from convert import folding, gradients, mixed, names, report, streams
 from convert import resume as resume_from
 from convert.calibration import Calibration
+from convert.devices import ONE, Devices
 from convert.progress import LayerProgress
 from convert.sources import Source
 from torq_jax import (
@@ -230,10 +231,12 @@ def convert(
     overwrite: bool = False,
     resume: bool = False,
     progress: LayerProgress,
+    devices: Devices = ONE,
 ) -> dict[str, Any]:
     """Convert ``source`` into a checkpoint at ``out``; the report's dictionary (see :mod:`convert.report`).
 
-    With ``resume`` what an earlier call that was stopped has finished is not done again; see :mod:`convert.resume`.
+    Sequences of the calibration and the evaluation text are divided over ``devices``. With ``resume`` what an earlier
+    call that was stopped has finished is not done again; see :mod:`convert.resume`.
 
     Raises:
       ConversionError: settings or a source that cannot be converted, or a checkpoint that cannot be written.
@@ -244,12 +247,12 @@ def convert(
         source = folding.residual_rotated(source)
     config = source.config
     resume_from.check_target(out, overwrite=overwrite, resume=resume)
-    run = _Run(source, settings, calibration, evaluation)
+    run = _Run(source, settings, calibration, evaluation, devices)
     needed = _checkpoint_bytes(source, settings) + 2 * run.stream_bytes()  # before and after a layer
     if run.sensitive:
         needed += gradients.disk_bytes(config, calibration.tokens.size, outputs=run.two_sided)
         progress.total += 2 * config.num_layers
-    planned = plan(source, settings, calibration, evaluation, out if resume else None)
+    planned = plan(source, settings, calibration, evaluation, devices, out if resume else None)
     _check_space(out, needed, resume_from.partial_directory(out) if resume else None)
     with resume_from.conversion(out, planned, overwrite=overwrite, resume=resume) as unfinished:
         if unfinished.finished:
@@ -316,6 +319,7 @@ def plan(
     settings: Settings,
     calibration: Calibration,
     evaluation: Evaluation | None,
+    devices: Devices = ONE,
     resumed: Path | None = None,
 ) -> dict[str, Any]:
     """What decides every byte of a checkpoint (see :func:`convert.resume.plan`).
@@ -335,7 +339,7 @@ def plan(
             "protocol": dataclasses.asdict(evaluation.protocol),
             "tokens_sha256": _tokens_sha256(evaluation.tokens),
         },
-        devices=f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        devices=f"{devices.count} of {jax.device_count()} {jax.devices()[0].device_kind}",
     )
 
 
@@ -539,16 +543,18 @@ def gather_rounded(
     transforms: Mapping[str, TwoLevelRotation | None],
     rule: Any,
     weights: Mapping[str, np.ndarray] | None,
+    devices: Devices = ONE,
 ) -> dict[str, statistics.RoundedStatistics]:
     """What rounding does to the activations of each site of a layer; the stream moves on to the next one."""
     found: dict[str, statistics.RoundedStatistics] = {}
-    for i, x in enumerate(stream):
-        y, taps = run_tapped(graph, config, parameters, x)
-        stream[i] = _finite(y, index)
-        for site, activation in taps.items():
-            flat = activation.reshape(-1, activation.shape[-1])
-            own = None if weights is None else weights[site][i]
-            one = statistics.gather_rounded(flat, transforms[site], rule, weights=own)
+    shared = devices.share((parameters, dict(transforms)))
+    for group in devices.groups(len(stream)):
+        rows = slice(group.start, group.stop)
+        own = None if weights is None else {site: weights[site][rows] for site in SITES}
+        y, sums = devices.run(_sum_up_rounded, (graph, config, rule), shared, (_stacked(stream, group), own))
+        _put_back(stream, group, _finite(y, index))
+        for site in SITES:
+            one = statistics.from_rounded_sums(sums[site])
             found[site] = statistics.add_rounded(found[site], one) if site in found else one
     return found
 
@@ -673,8 +679,14 @@ class _Run:
     """State of one conversion: the streams that travel through the layers, and what is reported."""
 
     def __init__(
-        self, source: Source, settings: Settings, calibration: Calibration, evaluation: Evaluation | None
+        self,
+        source: Source,
+        settings: Settings,
+        calibration: Calibration,
+        evaluation: Evaluation | None,
+        devices: Devices,
     ):
+        self.devices = devices
         self.source, self.settings, self.config = source, settings, source.config
         self.original = source.original if isinstance(source, folding.RotatedSource) else source
         """The source of the rows that are compared: what ``source`` was before it was rotated."""
@@ -961,6 +973,7 @@ class _Run:
             moments=self.moments,
             seed=self.settings.seed,
             move=not second_pass(self.settings),
+            devices=self.devices,
         )
         for site, found in gathered.items():
             gain = None
@@ -1003,6 +1016,7 @@ class _Run:
                 {site: solved.transform for site, solved in sites.items()},
                 self.settings.activation_scale,
                 self.token_weights(index),
+                self.devices,
             )
         for site, solved in sites.items():
             with self.timed("rounded statistics"):
@@ -1020,13 +1034,14 @@ class _Run:
         self.sensitivity = gradients.measure(
             self.source,
             functools.partial(read_layer, self.source),
-            functools.partial(run_layer, graph, self.config),
+            functools.partial(self.devices.run, forward, (graph, self.config)),
             self.calibration.tokens,
             folder,
             seed=self.settings.seed,
             progress=progress,
             outputs=self.two_sided,
             costs=self.settings.mixed is not None,
+            devices=self.devices,
         )
         if self.settings.mixed is not None:
             candidates = [
@@ -1039,9 +1054,11 @@ class _Run:
     def advance(self, variant: Variant, graph: Any, parameters: Any, index: int) -> None:
         """Take one evaluation stream through a layer."""
         stream = self.streams[variant]
-        parameters = jax.tree.map(jnp.asarray, parameters)
-        for i, x in enumerate(stream):
-            stream[i] = _finite(run_layer(graph, self.config, parameters, x), index)
+        parameters = self.devices.share(parameters)
+        for group in self.devices.groups(len(stream)):
+            x = _stacked(stream, group)
+            y, _ = self.devices.run(forward, (graph, self.config), parameters, (x,))
+            _put_back(stream, group, _finite(y, index))
 
     # -- sites ---------------------------------------------------------------------------------------------
 
@@ -1331,6 +1348,7 @@ def gather_layer(
     moments: statistics.Moments,
     seed: int,
     move: bool = True,
+    devices: Devices = ONE,
 ) -> list[dict[str, SiteStatistics]]:
     """Statistics of every site of layer ``index``, once under each weighting; the stream moves on to the next layer.
 
@@ -1339,18 +1357,75 @@ def gather_layer(
     """
     each = -(-SAMPLE_TOKENS // len(stream))
     gathered: list[dict[str, SiteStatistics]] = [{} for _ in weightings]
-    for i, x in enumerate(stream):
-        y, taps = run_tapped(graph, config, parameters, x)
+    shared = devices.share(parameters)
+    for group in devices.groups(len(stream)):
+        x = _stacked(stream, group)
+        kept_rows = np.stack([statistics.sampled(x.shape[1], each, seed + i) for i in group])
+        own = [
+            None
+            if weights is None
+            else {
+                site: np.stack([statistics.check_weights(weights[site][i], x.shape[1]) for i in group])
+                for site in SITES
+            }
+            for weights in weightings
+        ]
+        (y, samples), sums = devices.run(_sum_up, (graph, config, moments), shared, (x, kept_rows, own))
         y = _finite(y, index)
         if move:
-            stream[i] = y
-        for site, activation in taps.items():
-            flat = activation.reshape(-1, activation.shape[-1])
-            for weights, found in zip(weightings, gathered, strict=True):
-                own = None if weights is None else weights[site][i]
-                one = statistics.gather(flat, samples=each, seed=seed + i, moments=moments, weights=own)
+            _put_back(stream, group, y)
+        for found, kept, added in zip(gathered, samples, sums, strict=True):
+            for site in SITES:
+                rows, sizes = (np.concatenate(np.asarray(a)) for a in kept[site])
+                one = statistics.from_sums(added[site], rows, sizes)
                 found[site] = statistics.add(found[site], one) if site in found else one
     return gathered
+
+
+def _sum_up(
+    graph: Any, config: DecoderConfig, moments: Any, parameters: Any, x: Any, rows: Any, weightings: Any
+) -> tuple[Any, Any]:
+    """A sequence after one layer and what is kept of it under each weighting, and sums of its activations."""
+    y, taps = run_tapped(graph, config, parameters, x)
+    kept, sums = [], []
+    for weights in weightings:
+        found = {}
+        for site, activation in taps.items():
+            own = None if weights is None else weights[site][0]
+            flat = activation.reshape(-1, activation.shape[-1])
+            found[site] = statistics.sum_up(flat, jnp.asarray(rows[0]), own, moments)
+        sums.append({site: added for site, (added, _, _) in found.items()})
+        kept.append({site: (own[None], sizes[None]) for site, (_, own, sizes) in found.items()})
+    return (y, kept), sums
+
+
+def _sum_up_rounded(
+    graph: Any, config: DecoderConfig, rule: Any, shared: Any, x: Any, weights: Any
+) -> tuple[Any, Any]:
+    """A sequence after one layer, and what rounding does to its activations."""
+    parameters, transforms = shared
+    y, taps = run_tapped(graph, config, parameters, x)
+    sums = {}
+    for site, activation in taps.items():
+        own = None if weights is None else jnp.asarray(weights[site][0])
+        flat = activation.reshape(-1, activation.shape[-1])
+        sums[site] = statistics.sum_up_rounded(flat, transforms[site], rule, own)
+    return y, sums
+
+
+def forward(graph: Any, config: DecoderConfig, parameters: Any, x: Any) -> tuple[Any, Any]:
+    """A sequence after one layer."""
+    return run_layer(graph, config, parameters, x), ()
+
+
+def _stacked(stream: Any, group: range) -> np.ndarray:
+    """Sequences of a stream that run together, ``[n, t, H]``."""
+    return np.concatenate([stream[i] for i in group])
+
+
+def _put_back(stream: Any, group: range, y: np.ndarray) -> None:
+    for row, i in enumerate(group):
+        stream[i] = y[row : row + 1]
 
 
 def output_gain(weights: Mapping[str, Any], site: str) -> np.ndarray:

@@ -586,3 +586,20 @@ def test_bfloat16_source_keeps_its_dtype(tmp_path):
     outer = tmp_path / "out" / "outer"
     assert torq_jax.checkpoint.restore(outer / "embed")["embed"].dtype == ml_dtypes.bfloat16
     assert sorted(os.listdir(outer)) == ["embed", "norm"]  # tied: no output projection
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        ("0", "--devices 0: must be one or more"),
+        (
+            "99",
+            "--devices 99: there are 1 (cpu): pass at most that many, or set XLA_FLAGS=--xla_force_host_platform",
+        ),
+    ],
+)
+def test_devices_that_are_not_there(tmp_path, capsys, count, message):
+    found = error_of(
+        capsys, "--hf", GOLDENS / "llama3", "--out", tmp_path / "out", "--devices", count, *SMALL
+    )
+    assert message in found and not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Models on a mesh: rules, and what runs on eight devices of one process and on two processes."""
+"""Models on a mesh: rules, and what runs on eight devices of one process and on two processes; conversion there."""
 
 import os
 import socket
@@ -31,8 +31,8 @@ def environment(devices):
     return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
-def run_eight(*options):
-    file = Path(__file__).with_name("eight_devices.py")
+def run_eight(name, *options):
+    file = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), *options]
     ran = subprocess.run(command, env=environment(8), capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-1000:]
@@ -40,12 +40,16 @@ def run_eight(*options):
 
 
 def test_eight_devices():
-    run_eight("-m", "not slow")
+    run_eight("eight_devices.py", "-m", "not slow")
 
 
 @pytest.mark.slow
 def test_eight_devices_in_every_layout():
-    run_eight("-m", "slow")
+    run_eight("eight_devices.py", "-m", "slow")
+
+
+def test_conversion_on_eight_devices():
+    run_eight("eight_devices_convert.py")
 
 
 def test_two_processes(tmp_path):

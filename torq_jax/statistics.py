@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64
+from jaxtyping import Array, Float, Float64, Int
 
 from torq_jax.errors import TorqError
 from torq_jax.matmul import prepare
@@ -103,16 +103,35 @@ def gather(
     if x.ndim != 2 or not x.shape[0]:
         raise TorqError(f"activations have shape {x.shape}: must be [tokens, features] with a token at least")
     count = x.shape[0]
-    rows = np.arange(count)
-    if samples is not None and samples < count:
-        rows = np.sort(np.random.default_rng(seed).choice(count, samples, replace=False))
+    rows = sampled(count, samples, seed)
     if weights is not None:
-        weights = jnp.asarray(weights, jnp.float32)
-        if weights.shape != (count,) or not bool(jnp.all(jnp.isfinite(weights) & (weights >= 0))):
-            raise TorqError(
-                f"weights of shape {weights.shape} for {count} tokens: must be finite, none negative"
-            )
-    tokens, inter, second, kept, sizes = _gather(jnp.asarray(x), jnp.asarray(rows), weights, moments)
+        weights = check_weights(weights, count)
+    sums, kept, sizes = sum_up(jnp.asarray(x), jnp.asarray(rows), weights, moments)
+    return from_sums(sums, kept, sizes)
+
+
+def sampled(count: int, samples: int | None, seed: int) -> Int[np.ndarray, " n"]:
+    """Which of ``count`` tokens are kept: all when ``samples`` is None."""
+    if samples is None or samples >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, samples, replace=False))
+
+
+def check_weights(weights: Float[Array, " tokens"], count: int) -> Float[Array, " tokens"]:
+    """Weights of ``count`` tokens as float32; TorqError for what cannot be weights."""
+    weights = jnp.asarray(weights, jnp.float32)
+    if weights.shape != (count,) or not bool(jnp.all(jnp.isfinite(weights) & (weights >= 0))):
+        raise TorqError(f"weights of shape {weights.shape} for {count} tokens: must be finite, none negative")
+    return weights
+
+
+def from_sums(sums: tuple[Any, Any, Any], kept: Any, sizes: Any) -> SiteStatistics:
+    """Statistics from what :func:`sum_up` returns, of one batch or added up over several.
+
+    Raises:
+      TorqError: activations that are not finite.
+    """
+    tokens, inter, second = sums
     if not np.isfinite(tokens):
         raise TorqError("activations hold a NaN or an infinity: calibration would be meaningless")
     total = float(tokens)
@@ -162,7 +181,12 @@ def gather_rounded(
     Raises:
       TorqError: activations that are not finite, or sizes that do not fit.
     """
-    weight, *means = _gather_rounded(x, transform, activation_scale, weights)
+    return from_rounded_sums(sum_up_rounded(x, transform, activation_scale, weights))
+
+
+def from_rounded_sums(sums: tuple[Any, ...]) -> RoundedStatistics:
+    """Statistics from what :func:`sum_up_rounded` returns; raises TorqError for what is not finite."""
+    weight, *means = sums
     total = float(weight)
     if not np.isfinite(total) or not np.isfinite(np.asarray(means[-1])).all():
         raise TorqError("activations hold a NaN or an infinity: calibration would be meaningless")
@@ -178,9 +202,10 @@ def add_rounded(a: RoundedStatistics, b: RoundedStatistics) -> RoundedStatistics
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _gather_rounded(
+def sum_up_rounded(
     x: Array, transform: TwoLevelRotation | None, activation_scale: ScaleRule, weights: Array | None
 ) -> tuple[Array, ...]:
+    """Sums over tokens that :class:`RoundedStatistics` has means of, in its order; see :func:`gather_rounded`."""
     x = x.astype(jnp.float32)
     if weights is None:
         power = jnp.mean(x * x, axis=-1)
@@ -209,9 +234,16 @@ def normalise_tokens(x: Float[Array, "tokens d"]) -> Float[Array, "tokens d"]:
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _gather(
-    x: Array, rows: Array, weights: Array | None, moments: Moments
-) -> tuple[Array, Array, Array | None, Array, Array]:
+def sum_up(
+    x: Float[Array, "tokens features"],
+    rows: Int[Array, " n"],
+    weights: Float[Array, " tokens"] | None,
+    moments: Moments,
+) -> tuple[tuple[Array, Array, Array | None], Float[Array, "n d"], Float[Array, " n"]]:
+    """Sums over tokens, and the tokens ``rows`` normalised, with their sizes; see :func:`gather`.
+
+    The sums are the number of tokens, and what :class:`SiteStatistics` has means of: inter and second.
+    """
     raw = jnp.pad(x, ((0, 0), (0, padded_size(x.shape[1]) - x.shape[1]))).astype(jnp.float32)
     x = normalise_tokens(raw)
     # A NaN anywhere makes the count NaN, which the caller reports.
@@ -229,4 +261,4 @@ def _gather(
         by_position = x.reshape(x.shape[0], blocks, BLOCK)
         inter = jnp.einsum("tbk,tck->kbc", by_position, by_position, precision=jax.lax.Precision.HIGHEST)
     sizes = jnp.sqrt(jnp.mean(raw[rows] ** 2, axis=-1))
-    return tokens, inter, second, x[rows], sizes
+    return (tokens, inter, second), x[rows], sizes
