@@ -528,9 +528,11 @@ def test_command_line_errors(checkpoint, tmp_path, capsys):
 
 def test_a_chat_in_a_terminal(checkpoint):
     ours, theirs = pty.openpty()
-    # The terminal becomes the process's own, so that Ctrl-C is a signal.
+    # The terminal becomes the process's own, so that Ctrl-C is a signal. Where the tests run in a shell's background
+    # it would be ignored, which children inherit.
     program = (
-        "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "import fcntl, runpy, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "runpy.run_module('torq_jax.generate', run_name='__main__', alter_sys=True)"
     )
     process = subprocess.Popen(
@@ -542,7 +544,7 @@ def test_a_chat_in_a_terminal(checkpoint):
         cwd=Path(__file__).parent.parent,
     )
     os.close(theirs)
-    shown, last, end = b"", b"", time.monotonic() + 600
+    shown, last, end = b"", b"", time.monotonic() + 300
     try:
         for typed in (b"hello\n", b"/reset\n", b"\x03", b"again\n", b"\x04"):
             prompts = shown.count(b"> ")
