@@ -276,12 +276,12 @@ def conversion(
             raise type(error)(f"{error}{_kept(target)}") from error
         except TorqError:  # it would be met again
             with contextlib.suppress(OSError):
-                files.remove(partial)
+                files.remove_abandoned(partial)
             raise
         finally:
-            if not is_begun(target):
+            if not is_begun(target) and partial.exists():
                 with contextlib.suppress(OSError):
-                    files.remove(partial)
+                    files.remove_abandoned(partial)
 
 
 def _open(

@@ -218,3 +218,25 @@ def test_damage_and_company_are_noticed(tmp_path, arguments, monkeypatch, capsys
     stream = next((resume.partial_directory(out) / "streams").rglob("*.npy"))
     stream.write_bytes(stream.read_bytes()[:-1])
     assert f"{stream} is damaged" in error_of(capsys, *arguments, "--out", out, "--resume")
+
+
+def test_what_others_still_write_to_is_deleted_all_the_same(tmp_path, monkeypatch):
+    directory, remove, calls = tmp_path / "partial", files.remove, []
+
+    def disturbed(path):
+        calls.append(path)
+        if len(calls) == 1:  # a file came between listing and deleting
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        remove(path)
+        if len(calls) == 2:  # a writer makes its directories anew
+            (path / "a").mkdir(parents=True)
+
+    directory.mkdir()
+    monkeypatch.setattr(files, "remove", disturbed)
+    files.remove_abandoned(directory)
+    assert len(calls) == 3 and not directory.exists()
+
+    monkeypatch.setattr(files, "PATIENCE", 0.5)
+    monkeypatch.setattr(files, "remove", lambda path: path.mkdir(exist_ok=True))
+    with pytest.raises(OSError, match="something is still being written there"):
+        files.remove_abandoned(directory)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +17,10 @@ import numpy as np
 from torq_jax.errors import ReadError
 
 _DIGEST = hashlib.sha256().digest_size
+PATIENCE = 10.0
+"""Seconds that :func:`remove_abandoned` goes on for."""
+_SETTLE = 0.3
+"""Seconds without anything coming back after which it is over."""
 
 
 def sha256(file: Path) -> str:
@@ -126,6 +132,29 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Delete a directory to which writes that nobody waits for may still be under way.
+
+    When one of Orbax's writes fails, those beside it go on in threads that cannot be joined: they fill, and even make
+    anew, directories that are being deleted. So this looks again until nothing has come back.
+
+    Raises:
+      OSError: it cannot be deleted, or something still comes back after :data:`PATIENCE` seconds.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            remove(path)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_SETTLE)
+        if not path.exists():
+            return
+        if time.monotonic() > deadline:
+            raise OSError(errno.ENOTEMPTY, "something is still being written there", str(path))
 
 
 def tree_bytes(directory: Path) -> int:
