@@ -28,17 +28,17 @@ TOLERANCE = 1e-3
 
 
 def float_model(source: sources.Source) -> decoder.Decoder:
-    """The source's own model in float32, all of it in memory."""
-
+    """The source's own model in float32, all of it in memory, as checkpoints are loaded on a CPU."""
     layers = [read_layer(source, i) for i in range(source.config.num_layers)]
     parameters = {
         "embed": jnp.asarray(source.read("model.embed_tokens.weight"), jnp.float32),
         "norm": jnp.asarray(source.read("model.norm.weight"), jnp.float32),
-        "layers": jax.tree.map(lambda *x: jnp.stack(x), *layers),
+        "layers": {i: jax.tree.map(lambda x: jnp.asarray(x)[None], own) for i, own in enumerate(layers)},
     }
     if not source.config.tie_embeddings:
         parameters["lm_head"] = jnp.asarray(source.read("lm_head.weight"), jnp.float32)
-    return decoder.fill(nnx.eval_shape(lambda: decoder.Decoder(source.config)), parameters)
+    empty = nnx.eval_shape(lambda: decoder.Decoder(source.config, apart=True))
+    return decoder.join(decoder.fill(empty, parameters))
 
 
 def main() -> int:

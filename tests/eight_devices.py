@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import torq_jax
 from tests import collectives, tiny_checkpoint
-from torq_jax import evaluate, generate, plan, sharding
+from torq_jax import compiled, evaluate, generate, plan, sharding
 from torq_jax.checkpoint import layer_formats
 from torq_jax.errors import TorqError
 from torq_jax.sampling import Sampling, row_settings
@@ -94,25 +94,29 @@ def test_every_array_lies_as_the_plan_says(layout):
 
 
 def programs(model, rows, width):
-    """Text of the three programs that generation compiles."""
-    own, split = model.partition, generate._split(model)
+    """Text of the programs that generation compiles."""
+    own, made = model.partition, compiled.compiled(model)
+    split = compiled._split(model)
     on_device = functools.partial(sharding.put, own)
     lengths = on_device(np.full(rows, width, np.int32))
     cache = model.init_cache(rows, 64)
     cache = dataclasses.replace(cache, length=on_device(cache.length))
     last = on_device(np.zeros((rows, model.config.hidden_size), np.float32), "batch", None)
+    hidden = on_device(np.zeros((rows, width, model.config.hidden_size), np.float32), "batch", None, None)
     none = on_device(np.zeros(rows, np.int32))
     state = generate._Rows(none, none, on_device(np.zeros(rows, bool)))
     seen = on_device(np.zeros((rows, model.config.vocab_size), bool), *generate._SEEN)
     settings = on_device(row_settings([Sampling(temperature=1.0, top_k=5, top_p=0.9)] * rows))
     ends = generate._Ends(none, on_device(np.array([1], np.int32)))
     tokens = on_device(np.zeros((rows, width), np.int32))
+    each = dataclasses.replace(cache, length=lengths)
+    head = (model.config.norm_eps, made.norm, made.head)
     lowered = {
-        "prefill": generate._prefill.lower(*split, tokens, cache, last, lengths),
-        "decode": generate._decode.lower(
-            *split, dataclasses.replace(cache, length=lengths), state, state.done
-        ),
-        "choose": generate._choose.lower(*split, last, seen, state, settings, ends),
+        "prefill": compiled._whole.lower(*split, tokens, cache),
+        "last": generate._last.lower(own, hidden, cache.length, last, lengths),
+        "decode": compiled._whole.lower(*split, tokens[:, :1], each),
+        "stepped": generate._stepped.lower(own, lengths, state, state.done),
+        "choose": generate._choose.lower(own, *head, last, seen, state, settings, ends),
     }
     return {name: program.compile().as_text() for name, program in lowered.items()}
 

@@ -280,12 +280,15 @@ def load(
     elif rules is not None:
         raise TorqError("rules divide a model over a mesh: pass mesh=, too")
 
+    # What XLA does best on a CPU: see docs/generation.md.
+    apart = on_cpu and dequantize and own is None
+
     def read_layer(index: int) -> dict[str, Any]:
         layer = _restore_checked(directory, manifest, f"layers/{index:05d}", own)
         return _decoded_layer(layer, config, formats[index], dtype, own) if dequantize else layer
 
     stacks, first = [], 0
-    for count, _ in decoder.runs(config, held):
+    for count, _ in decoder.runs(config, held, apart=apart):
         stack: Any = None
         for index in range(first, first + count):
             layer = read_layer(index)
@@ -303,7 +306,7 @@ def load(
     if dequantize or on_cpu:
         outer |= {name: jnp.asarray(outer[name], dtype) for name in ("embed", "lm_head") if name in outer}
     layers = stacks[0] if len(stacks) == 1 else dict(enumerate(stacks))
-    model = nnx.eval_shape(lambda: Decoder(config, held, dtype=dtype))
+    model = nnx.eval_shape(lambda: Decoder(config, held, dtype=dtype, apart=apart))
     model = decoder.fill(model, jax.tree.map(jnp.asarray, {**outer, "layers": layers}))
     if own is not None:
         model = decoder.divide(model, own)
@@ -312,6 +315,8 @@ def load(
     model.kv = kv
     if kv in cache.ROTATED and own is None:
         model = cache.fold_values(model)
+    if apart:
+        model = decoder.join(model)
     return Loaded(model, load_tokenizer(directory / "tokenizer"), manifest)
 
 

@@ -128,12 +128,13 @@ class Site(nnx.Module):
 
     Parameters, by name: ``inter``, ``intra``; for a weight ``q`` either ``q`` (``[out, in]``) or ``q_codes``
     and ``q_scales`` (:class:`~torq_jax.mxfp4.MXFP4Array` or :class:`~torq_jax.mxfp8.MXFP8Array` with blocks along
-    ``in``), and ``q_bias``.
+    ``in``), and ``q_bias``. After :meth:`join`, ``joined`` (``[in, all outs]``) stands for all float weights.
     """
 
     def __init__(self, config: DecoderConfig, site: str, form: SiteFormat, init: _Init):
         self.site, self.form = site, form
         self.packed: _Packed | None = None
+        self.joined_outputs: tuple[int, ...] = ()
         self.partition: Partition | None = None
         features = form.stored_features(config.site_in_features(site))
         self.features = features
@@ -163,13 +164,26 @@ class Site(nnx.Module):
                 x, transform = self.partition.rotate(self.site, padded(x, self.features), transform), None
             x = prepare(x, transform, self.form.activation_scale, self.form.activations)
             rounded = self.form.activation_scale is not None
-            products = [dot(x, self.weight(name), rounded=rounded) for name in SITE_WEIGHTS[self.site]]
+            if self.joined_outputs:
+                y = dot(x, self.joined[...].T, rounded=rounded)
+                products = jnp.split(y, np.cumsum(self.joined_outputs)[:-1].tolist(), axis=-1)
+            else:
+                products = [dot(x, self.weight(name), rounded=rounded) for name in SITE_WEIGHTS[self.site]]
         outputs = []
         for name, y in zip(SITE_WEIGHTS[self.site], products, strict=True):
             bias = getattr(self, f"{name}_bias", None)
             y = y if bias is None else y + bias[...].astype(y.dtype)
             outputs.append(y if tap is None else tap(f"{self.site}/{name}", y))
         return outputs
+
+    def join(self) -> None:
+        """Replace the float weights by one, ``[..., in, all outs]``, of which a CPU makes the products fastest."""
+        names = SITE_WEIGHTS[self.site]
+        weights = [getattr(self, name)[...] for name in names]
+        self.joined_outputs = tuple(w.shape[-2] for w in weights)
+        self.joined = nnx.Param(jnp.concatenate([w.swapaxes(-1, -2) for w in weights], axis=-1))
+        for name in names:
+            delattr(self, name)
 
     def pack(self, kind: Any, dtype: Any, implementation: str) -> None:
         """Replace the stacked parameters by what the kernels read.
@@ -229,6 +243,10 @@ class Site(nnx.Module):
 
     def weight(self, name: str) -> Array | MXFP4Array | MXFP8Array:
         """A weight as stored, ``[out, in]``."""
+        if self.joined_outputs:
+            at = SITE_WEIGHTS[self.site].index(name)
+            first, last = sum(self.joined_outputs[:at]), sum(self.joined_outputs[: at + 1])
+            return self.joined[..., first:last].swapaxes(-1, -2)
         if self.form.weights == "float":
             return getattr(self, name)[...]
         codes, scales = getattr(self, f"{name}_codes")[...], getattr(self, f"{name}_scales")[...]
@@ -333,6 +351,9 @@ class Decoder(nnx.Module):
       config: architecture.
       formats: format of each site, for all layers or for one layer after the other; float when left out.
       dtype: of the activations between layers; norms, attention scores and logits are computed in float32.
+      apart: every layer is a run of its own, whatever its formats. On a CPU ``lax.scan`` copies a layer out of its
+        stack; layers that lie apart are read where they are. A ``jit`` of the whole model then grows with depth;
+        :mod:`torq_jax.compiled` compiles one layer and calls it for each.
       rngs: for random float parameters; a model to be filled from a checkpoint is made without.
     """
 
@@ -342,9 +363,10 @@ class Decoder(nnx.Module):
         formats: Formats | Sequence[Formats] = FLOAT,
         *,
         dtype: Any = jnp.float32,
+        apart: bool = False,
         rngs: nnx.Rngs | None = None,
     ):
-        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.config, self.dtype, self.apart = config, jnp.dtype(dtype), apart
         self.kv: str | None = None  # the cache's format; None for the activations' dtype
         self.partition: Partition | None = None
         init = _Init(None if rngs is None else rngs.params())
@@ -352,7 +374,7 @@ class Decoder(nnx.Module):
         self.norm = nnx.Param(init.constant(1.0, (config.hidden_size,)))
         if not config.tie_embeddings:
             self.lm_head = nnx.Param(init.weight((config.vocab_size, config.hidden_size)))
-        found = runs(config, formats)
+        found = runs(config, formats, apart=apart)
         self.run_lengths = tuple(count for count, _ in found)
         stacks = _stacked_runs(config, found, init)
         self.layers = stacks[0] if len(stacks) == 1 else nnx.List(stacks)
@@ -383,35 +405,16 @@ class Decoder(nnx.Module):
                     f"the cache has room for {room} tokens and holds {used}: {tokens.shape[1]} more do not fit; "
                     "make a longer one with init_cache"
                 )
-        x = constrain(self.partition, self.embed[...][tokens].astype(self.dtype), "batch", None, None)
         start = jnp.int32(0) if cache is None else cache.length
-        rope = rope_tables(self.config, _positions(start, 0, tokens.shape[1]))
-        stacks = self.stacks()
-
-        def layer(graph: Any, whole: Any, x: Array, state: Any) -> tuple[Array, None]:
-            return nnx.merge(graph, whole, state)(x, rope)[0], None
-
-        if cache is None:
-            for stack in stacks:
-                graph, whole, state = _split(stack)
-                x, _ = jax.lax.scan(functools.partial(layer, graph, whole), x, state)
-            return x, None
-
-        def cached_layer(graph: Any, whole: Any, carry: Any, scanned: Any) -> Any:
-            # The whole cache is carried and updated in place; as a scanned output it would be copied.
-            x, keys, values = carry
-            index, state = scanned
-            layer = nnx.merge(graph, whole, state)
-            x, kept = layer(x, rope, cache=(keys, values, index), rotated=cache.rotated, start=start)
-            return (x, *kept), None
-
-        carry, first = (x, cache.keys, cache.values), 0
-        for count, stack in zip(self.run_lengths, stacks, strict=True):
-            graph, whole, state = _split(stack)
-            indices = jnp.arange(first, first + count)
-            carry, _ = jax.lax.scan(functools.partial(cached_layer, graph, whole), carry, (indices, state))
+        x, rope = enter(self.config, self.embed[...], tokens, start, self.dtype, self.partition)
+        held = None if cache is None else (cache.keys, cache.values)
+        rotated, first = cache is not None and cache.rotated, 0
+        for count, stack in zip(self.run_lengths, self.stacks(), strict=True):
+            x, held = run_stack(*split_stack(stack), x, rope, held, first, start, rotated=rotated)
             first += count
-        x, keys, values = carry
+        if cache is None or held is None:
+            return x, None
+        keys, values = held
         return x, dataclasses.replace(cache, keys=keys, values=values, length=start + tokens.shape[1])
 
     def stacks(self) -> list[DecoderLayer]:
@@ -457,29 +460,91 @@ class Decoder(nnx.Module):
         return kv_cache.empty(shape, dtype, kv, rotate, self.partition)
 
 
-def _split(stack: DecoderLayer) -> tuple[Any, Any, Any]:
+def enter(
+    config: DecoderConfig,
+    embed: Float[Array, "V H"],
+    tokens: Int32[Array, "b t"],
+    start: Int32[Array, ""] | Int32[Array, " b"],
+    dtype: Any,
+    own: Partition | None = None,
+) -> tuple[Float[Array, "b t H"], tuple[Float[Array, "*b t d"], Float[Array, "*b t d"]]]:
+    """What enters the first layer, and rope's tables, of tokens at positions from ``start`` on."""
+    x = constrain(own, embed[tokens].astype(dtype), "batch", None, None)
+    return x, rope_tables(config, _positions(start, 0, tokens.shape[1]))
+
+
+def split_stack(stack: DecoderLayer) -> tuple[Any, Any, Any]:
     """Structure, what a scan must not slice, and what it slices."""
     graph, *states = nnx.split(stack, Whole, ...)
     return graph, states[0], states[1]
 
 
-def runs(config: DecoderConfig, formats: Formats | Sequence[Formats]) -> list[tuple[int, Formats]]:
+def run_stack(
+    graph: Any,
+    whole: Any,
+    state: Any,
+    x: Float[Array, "b t H"],
+    rope: Any,
+    held: tuple[Stored, Stored] | None,
+    first: Int32[Array, ""] | int,
+    start: Int32[Array, ""] | Int32[Array, " b"],
+    *,
+    rotated: bool = False,
+) -> tuple[Float[Array, "b t H"], tuple[Stored, Stored] | None]:
+    """A stack of layers, scanned where there are several.
+
+    Args:
+      graph: with ``whole`` and ``state`` as :func:`split_stack` returns them.
+      whole: what the layers share.
+      state: parameters, stacked.
+      x: residual stream.
+      rope: as :func:`enter` returns it.
+      held: keys and values of the cache, of all layers of the model; None without a cache.
+      first: index of the stack's first layer in the model.
+      start: position of the first token.
+      rotated: whether the cache's heads are rotated.
+
+    Returns:
+      The residual stream after the last layer, and ``held`` with these tokens' keys and values.
+    """
+
+    def layer(carry: Any, scanned: Any) -> tuple[Any, None]:
+        # The whole cache is carried and updated in place; as a scanned output it would be copied.
+        x, held = carry
+        index, state = scanned
+        one = nnx.merge(graph, whole, state)
+        if held is None:
+            return (one(x, rope)[0], None), None
+        return one(x, rope, cache=(*held, index), rotated=rotated, start=start), None
+
+    count = jax.tree.leaves(state)[0].shape[0]
+    if count == 1:
+        return layer((x, held), (first, jax.tree.map(lambda a: a[0], state)))[0]
+    return jax.lax.scan(layer, (x, held), (first + jnp.arange(count), state))[0]
+
+
+def runs(
+    config: DecoderConfig, formats: Formats | Sequence[Formats], *, apart: bool = False
+) -> list[tuple[int, Formats]]:
     """Runs of consecutive layers of equal formats: how many layers each has, and their formats.
 
     Args:
       config: architecture.
       formats: of all layers alike, or of one layer after the other.
+      apart: a run for every layer.
 
     Raises:
       TorqError: formats of another number of layers than the model has.
     """
     if isinstance(formats, Mapping):
-        return [(config.num_layers, formats)]
+        return [(1, formats)] * config.num_layers if apart else [(config.num_layers, formats)]
     if len(formats) != config.num_layers:
         raise TorqError(
             f"formats of {len(formats)} layers for a model of {config.num_layers}: give one for each layer, or "
             "one alone for all"
         )
+    if apart:
+        return [(1, own) for own in formats]
     return [(len(list(same)), dict(own)) for own, same in itertools.groupby(map(dict, formats))]
 
 
@@ -575,6 +640,16 @@ def pack(model: Decoder, implementation: str | None = None) -> Decoder:
     for name, reason in left.items():
         title = "TPU" if kernels == "tpu" else kernels
         _log.warning("site %s runs as XLA compiles it, not on the %s kernels: %s", name, title, reason)
+    return model
+
+
+def join(model: Decoder) -> Decoder:
+    """``model`` with the float weights of each site side by side (:meth:`Site.join`); it is changed."""
+    for stack in model.stacks():
+        for name in SITES:
+            site = getattr(stack, name)
+            if site.form.weights == "float" and not site.joined_outputs:
+                site.join()
     return model
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from torq_jax import decoder, sharding
+from torq_jax.compiled import compiled
 from torq_jax.decoder import Decoder
 from torq_jax.errors import TorqError
 
@@ -180,9 +180,13 @@ def window_losses(
     """
     kv = model.kv if kv is None else kv
     check_vocabulary(windows, model.config.vocab_size)
-    graph, state = nnx.split(model)
-    run = functools.partial(_window_losses, graph, kv, rotate, state)
-    own = model.partition
+    programs, own, config = compiled(model), model.partition, model.config
+
+    def run(tokens: Int32[Array, "b t"]) -> Float[Array, "b t-1"]:
+        cache = None if kv is None else model.init_cache(*tokens.shape, kv=kv, rotate=rotate)
+        hidden, _ = programs.hidden(tokens, cache)
+        return _losses(own, config.norm_eps, hidden, tokens, programs.norm, programs.head)
+
     rows = 1 if own is None else own.batch(1)  # one on each part of a mesh's data axis
     parts = []
     for first in range(0, len(windows), rows):
@@ -194,16 +198,11 @@ def window_losses(
     return np.concatenate(parts)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _window_losses(
-    graph: Any, kv: str | None, rotate: bool | None, state: Any, tokens: Int32[Array, "b t"]
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _losses(
+    own: sharding.Partition | None, eps: float, hidden: Array, tokens: Array, norm: Array, head: Array
 ) -> Float[Array, "b t-1"]:
-    model: Decoder = nnx.merge(graph, state)
-    head = model.embed if model.config.tie_embeddings else model.lm_head
-    cache = None if kv is None else model.init_cache(*tokens.shape, kv=kv, rotate=rotate)
-    hidden, _ = model.hidden(tokens, cache)
-    losses = negative_log_likelihood(hidden, tokens, model.norm[...], head[...], eps=model.config.norm_eps)
-    return sharding.replicate(model.partition, losses)
+    return sharding.replicate(own, negative_log_likelihood(hidden, tokens, norm, head, eps=eps))
 
 
 def read_windows(

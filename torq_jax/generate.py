@@ -20,16 +20,16 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from torq_jax import cache as kv_cache
 from torq_jax import detokenize
 from torq_jax.cache import KVCache
-from torq_jax.decoder import Decoder
+from torq_jax.compiled import Compiled, compiled
+from torq_jax.decoder import Decoder, logits
 from torq_jax.errors import TorqError
 from torq_jax.sampling import RowSettings, Sampling, choose, row_settings, sample
-from torq_jax.sharding import constrain, put, replicate
+from torq_jax.sharding import Partition, constrain, put, replicate
 
 __all__ = [
     "Generated",
@@ -292,73 +292,40 @@ jax.tree_util.register_dataclass(_Rows, ["token", "made", "done"], [])
 jax.tree_util.register_dataclass(_Ends, ["limit", "eos"], [])
 
 
-class _Structure:
-    """A model's structure as a static argument, hashed once instead of at every step."""
-
-    def __init__(self, graph: Any, tree: Any):
-        self.graph, self.tree = graph, tree
-        self._hash = hash((graph, tree))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        return isinstance(other, _Structure) and (self.graph, self.tree) == (other.graph, other.tree)
-
-    def model(self, leaves: Sequence[Array]) -> Decoder:
-        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, leaves))
-
-
-def _split(model: Decoder) -> tuple[_Structure, list[Array]]:
-    graph, state = nnx.split(model)
-    leaves, tree = jax.tree.flatten(state)
-    return _Structure(graph, tree), leaves
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
-def _prefill(
-    structure: _Structure,
-    leaves: list[Array],
-    tokens: Int32[Array, "b t"],
-    cache: KVCache,
+@functools.partial(jax.jit, static_argnums=0)
+def _last(
+    own: Partition | None,
+    hidden: Float[Array, "b t H"],
+    length: Int32[Array, "*b"],
     last: Float[Array, "b H"],
     lengths: Int32[Array, " b"],
-) -> tuple[KVCache, Float[Array, "b H"]]:
-    """Put a piece of the prompts into the cache; ``last`` takes the rows whose prompt ends within it."""
-    at = lengths - 1 - cache.length
-    model = structure.model(leaves)
-    hidden, filled = model.hidden(tokens, cache)
-    assert filled is not None  # there was one
-    ends = (at >= 0) & (at < tokens.shape[1])
-    own = jnp.take_along_axis(hidden, jnp.clip(at, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
-    last = constrain(model.partition, jnp.where(ends[:, None], own, last), "batch", None)
-    return dataclasses.replace(filled, length=replicate(model.partition, filled.length)), last
+) -> Float[Array, "b H"]:
+    """``last`` with the rows whose prompt ends in this piece, after which the cache has ``length`` tokens."""
+    t = hidden.shape[1]
+    at = lengths - 1 - (length - t)
+    ends = (at >= 0) & (at < t)
+    found = jnp.take_along_axis(hidden, jnp.clip(at, 0, t - 1)[:, None, None], axis=1)[:, 0]
+    return constrain(own, jnp.where(ends[:, None], found, last), "batch", None)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(
-    structure: _Structure, leaves: list[Array], cache: KVCache, rows: _Rows, stopped: Bool[Array, " b"]
-) -> tuple[KVCache, Float[Array, "b H"], _Rows]:
-    """Put each row's last token into the cache; rows that are done, or that the host has stopped, keep their length.
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _stepped(
+    own: Partition | None, length: Int32[Array, " b"], rows: _Rows, stopped: Bool[Array, " b"]
+) -> tuple[Int32[Array, " b"], _Rows]:
+    """The cache's length after a step: rows that are done, or that the host has stopped, keep theirs.
 
-    Returns the cache, the residual stream at these tokens, and the rows, those that were stopped done.
+    Returns it, and the rows, those that were stopped done.
     """
-    model = structure.model(leaves)
-    hidden, filled = model.hidden(rows.token[:, None], cache)
-    assert filled is not None  # there was one
     rows = dataclasses.replace(rows, done=rows.done | stopped)
-    length = jnp.where(rows.done, cache.length, filled.length)
-    length, rows = replicate(model.partition, (length, rows))
-    last = constrain(model.partition, hidden[:, 0], "batch", None)
-    return dataclasses.replace(filled, length=length), last, rows
+    return replicate(own, (length - rows.done, rows))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
 def _choose(
-    structure: _Structure,
-    leaves: list[Array],
+    own: Partition | None,
+    eps: float,
+    norm: Float[Array, " H"],
+    head: Float[Array, "V H"],
     hidden: Float[Array, "b H"],
     seen: Bool[Array, "b V"],
     rows: _Rows,
@@ -369,13 +336,12 @@ def _choose(
 
     A program of its own: it takes as long to compile as the layers, and serves prefill and decode at any length.
     """
-    model = structure.model(leaves)
-    logits = model.logits(hidden)
-    token = jnp.where(rows.done, rows.token, choose(logits, seen, rows.made, settings))
+    token = choose(logits(hidden, norm, head, eps), seen, rows.made, settings)
+    token = jnp.where(rows.done, rows.token, token)
     made = rows.made + ~rows.done
     seen = seen.at[jnp.arange(len(token)), token].set(True)
     done = rows.done | jnp.isin(token, ends.eos) | (made >= ends.limit)
-    return constrain(model.partition, seen, *_SEEN), replicate(model.partition, _Rows(token, made, done))
+    return constrain(own, seen, *_SEEN), replicate(own, _Rows(token, made, done))
 
 
 def _stream(
@@ -386,11 +352,11 @@ def _stream(
     batch: int,
     kv: str | None,
 ) -> Iterator[Piece]:
-    split = _split(model)
+    programs = compiled(model)
     positions = model.config.max_position_embeddings
     for first in range(0, len(prompts), batch):
         part = slice(first, first + batch)
-        for piece in _run(model, split, prompts[part], samplings[part], tokenizer, batch, kv):
+        for piece in _run(model, programs, prompts[part], samplings[part], tokenizer, batch, kv):
             row = first + piece.row
             if piece.stopped == "positions":
                 _log.warning(
@@ -410,7 +376,7 @@ def _room(prompt: Sequence[int], positions: int) -> int:
 
 def _run(
     model: Decoder,
-    split: tuple[_Structure, list[Array]],
+    programs: Compiled,
     prompts: list[list[int]],
     samplings: list[Sampling],
     tokenizer: Any,
@@ -436,8 +402,10 @@ def _run(
     ends = _Ends(on_device(bounds), on_device(np.array(eos or [-1], np.int32)))
     none = on_device(np.zeros(batch, np.int32))
     rows = _Rows(none, none, on_device(bounds == 0))
-    cache, hidden, seen = _prompts_read(model, split, filled, bounds, kv)
-    seen, rows = _choose(*split, hidden, seen, rows, settings, ends)
+    own = model.partition
+    cache, last, seen = _prompts_read(model, programs, filled, bounds, kv)
+    chosen = functools.partial(_choose, own, model.config.norm_eps, programs.norm, programs.head)
+    seen, rows = chosen(last, seen, rows, settings, ends)
 
     stopped = np.zeros(batch, bool)
     pending = [detokenize.Pending()] * len(prompts)
@@ -445,8 +413,11 @@ def _run(
     def step(rows: _Rows) -> _Rows:
         nonlocal cache, seen
         known = on_device(stopped.copy())  # the array itself goes on changing
-        cache, hidden, rows = _decode(*split, cache, rows, known)
-        seen, rows = _choose(*split, hidden, seen, rows, settings, ends)
+        hidden, filled = programs.hidden(jnp.expand_dims(rows.token, 1), cache)
+        assert filled is not None  # there was one
+        length, rows = _stepped(own, filled.length, rows, known)
+        cache = dataclasses.replace(filled, length=length)
+        seen, rows = chosen(jnp.squeeze(hidden, 1), seen, rows, settings, ends)
         return rows
 
     for made in range(1, max(limits) + 1):
@@ -468,7 +439,7 @@ def _run(
 
 def _prompts_read(
     model: Decoder,
-    split: tuple[_Structure, list[Array]],
+    programs: Compiled,
     prompts: list[list[int]],
     limits: Int32[np.ndarray, " b"],
     kv: str | None,
@@ -493,7 +464,9 @@ def _prompts_read(
     last = on_device(np.zeros((len(prompts), model.config.hidden_size), model.dtype), "batch", None)
     for start, width in zip(starts, widths, strict=True):
         piece = on_device(tokens[:, start : start + width])
-        cache, last = _prefill(*split, piece, cache, last, on_device(lengths))
+        hidden, filled = programs.hidden(piece, cache)
+        assert filled is not None  # there was one
+        cache, last = filled, _last(model.partition, hidden, filled.length, last, on_device(lengths))
     return dataclasses.replace(cache, length=on_device(lengths)), last, on_device(seen, *_SEEN)
 
 

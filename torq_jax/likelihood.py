@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from torq_jax import decoder
+from torq_jax.compiled import compiled
 from torq_jax.decoder import Decoder
 from torq_jax.errors import TorqError
 from torq_jax.evaluate import LOGITS_CHUNK, check_vocabulary, log_probabilities
@@ -269,20 +269,11 @@ def scorer(
     return score_requests
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _hidden(graph: Any, state: Any, tokens: Int32[Array, "b t"]) -> Float[Array, "b t H"]:
-    return nnx.merge(graph, state).hidden(tokens)[0]
-
-
 def model_scorer(model: Decoder, *, batch_tokens: int = BATCH_TOKENS) -> LogLikelihood:
     """A scoring function from a decoder, such as a loaded checkpoint's; see :func:`scorer`."""
-    config = model.config
-    graph, state = nnx.split(model)
-    head = model.embed if config.tie_embeddings else model.lm_head
-    return scorer(
-        functools.partial(_hidden, graph, state),
-        model.norm[...],
-        head[...],
-        eps=config.norm_eps,
-        batch_tokens=batch_tokens,
-    )
+    programs = compiled(model)
+
+    def hidden(tokens: Int32[Array, "b t"]) -> Float[Array, "b t H"]:
+        return programs.hidden(tokens, None)[0]
+
+    return scorer(hidden, programs.norm, programs.head, eps=model.config.norm_eps, batch_tokens=batch_tokens)
