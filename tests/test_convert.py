@@ -162,7 +162,7 @@ def test_what_makes_up_for_rounded_activations(name, tmp_path, text):
     assert all(site["solver"]["prescale_gain_db"] >= 0 for site in report["sites"])
     model, tokenizer, manifest = torq_jax.load(tmp_path / "out")
     assert all(form["corrected"] for form in manifest["sites"].values())
-    assert model.layers.mlp_out.down_bias[...].shape[0] == model.config.num_layers
+    assert all(hasattr(stack.mlp_out, "down_bias") for stack in model.stacks())
     tokens, _ = evaluate.read_windows(tokenizer, text, window=64, windows=2, joined="raw")
     found = np.exp(evaluate.window_losses(model, tokens).mean())
     # Layer by layer and in one scan: a value on a rounding boundary may fall either way.
@@ -272,7 +272,7 @@ def test_sizes_that_are_no_multiple_of_32(tmp_path, capsys):
     )
     assert convert(str(source), tmp_path / "out", "--pad") == 0
     model = torq_jax.load(tmp_path / "out").model
-    assert model.layers.mlp_out.rotation().features == 96
+    assert model.stacks()[0].mlp_out.rotation().features == 96
     assert np.isfinite(model(jnp.zeros((1, 4), jnp.int32))[0]).all()
     assert convert(str(source), tmp_path / "none", "--pad", "--method", "none") == 0
     assert np.isfinite(torq_jax.load(tmp_path / "none").model(jnp.zeros((1, 4), jnp.int32))[0]).all()
