@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -30,6 +31,9 @@ from torq_jax.mxfp4 import SCALE_RULES, MXFP4Array, ScaleRule
 from torq_jax.rotation import TwoLevelRotation
 
 RoundingName = Literal["nearest", "gptq"]
+
+LAYERS = (nnx.Linear, nnx.LinearGeneral)
+"""What :func:`quantize_linears` knows."""
 
 FLOAT_TOLERANCE = 1e-4
 """Largest relative difference that folding may make before anything is rounded: the converter's own limit."""
@@ -85,7 +89,7 @@ class DotGeneral:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What becomes of the ``nnx.Linear`` layers whose path matches."""
+    """What becomes of the ``nnx.Linear`` and ``nnx.LinearGeneral`` layers whose path matches."""
 
     path: str
     """A regular expression that a whole path such as ``"layers/0/up"`` must match."""
@@ -113,6 +117,7 @@ class Rule:
 class QuantizedLinear(nnx.Module):
     """A linear layer with its weight in MXFP4: rotate, round, multiply, add the bias.
 
+    Where it stands for an ``nnx.LinearGeneral``, the features of several axes lie one after the other in blocks.
     ``codes [out, in/2]`` and ``scales [out, in/32]`` are those of :class:`torq_jax.MXFP4Array`; ``inter`` and
     ``intra`` those of :class:`torq_jax.TwoLevelRotation`.
     """
@@ -123,14 +128,15 @@ class QuantizedLinear(nnx.Module):
         transform: TwoLevelRotation,
         bias: Float[Array, " out"] | None,
         activation_scale: ScaleRule | None,
-        in_features: int,
+        ends: _Ends,
     ) -> None:
         self.codes, self.scales = nnx.Param(weight.codes), nnx.Param(weight.scales)
         self.inter = None if transform.inter is None else nnx.Param(transform.inter)
         self.intra = None if transform.intra is None else nnx.Param(transform.intra)
         self.bias = None if bias is None else nnx.Param(bias)
         self.activation_scale = activation_scale
-        self.in_features, self.out_features = in_features, weight.shape[0]
+        self.ends = ends
+        self.in_features, self.out_features = math.prod(ends.inputs), weight.shape[0]
         self.features = transform.features
 
     @property
@@ -144,24 +150,63 @@ class QuantizedLinear(nnx.Module):
         inter, intra = (None if m is None else m[...] for m in (self.inter, self.intra))
         return TwoLevelRotation(inter, intra, self.features)
 
-    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
-        """``[..., in] -> [..., out]`` in the dtype of ``x``."""
-        if x.shape[-1] != self.in_features:
-            raise TorqError(f"activations have {x.shape[-1]} features, this layer takes {self.in_features}")
+    def __call__(self, x: Float[Array, ...], out_sharding: Any = None) -> Float[Array, ...]:
+        """As the layer that it stands for, ``[..., in] -> [..., out]``, in the dtype of ``x``.
+
+        Raises:
+          TorqError: activations of another size, or ``out_sharding``, which nothing here would heed.
+        """
+        if out_sharding is not None:
+            raise TorqError("out_sharding is not heeded by a quantised layer: constrain its output instead")
+        x = self.ends.flat(x)
         y = matmul(x, self.weight, self.transform, activation_scale=self.activation_scale)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y.reshape(*y.shape[:-1], *self.ends.outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ends:
+    """The axes of a layer's input and output that hold features."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    axis: tuple[int, ...] = (-1,)
+    """Where those of the input are."""
+
+    def flat(self, x: Any) -> Any:
+        """``x`` as ``[..., features]``, a jax or numpy array."""
+        if x.ndim < len(self.axis) or tuple(x.shape[a] for a in self.axis) != self.inputs:
+            raise TorqError(
+                f"activations of shape {x.shape} have no axes {self.axis} of {self.inputs} features, which this "
+                "layer takes"
+            )
+        last = tuple(range(-len(self.axis), 0))
+        if self.axis != last:
+            x = (jnp if isinstance(x, jax.Array) else np).moveaxis(x, self.axis, last)
+        return x.reshape(*x.shape[: x.ndim - len(last)], math.prod(self.inputs))
+
+
+def _ends(layer: nnx.Linear | nnx.LinearGeneral) -> _Ends:
+    if isinstance(layer, nnx.Linear):
+        return _Ends((layer.in_features,), (layer.out_features,))
+    if layer.batch_axis:
+        raise TorqError(f"batch axes {dict(layer.batch_axis)} give each its own weight: narrow the rule")
+    sizes = (tuple(map(int, layer.in_features)), tuple(map(int, layer.out_features)))
+    return _Ends(*sizes, tuple(map(int, layer.axis)))
 
 
 def quantize_linears(
     model: nnx.Module, rules: Sequence[Rule], *calibration: Any, seed: int = 0, **calibration_kwargs: Any
 ) -> Any:
-    """A copy of ``model`` with the ``nnx.Linear`` layers that the rules name in MXFP4.
+    """A copy of ``model`` with the ``nnx.Linear`` and ``nnx.LinearGeneral`` layers that the rules name in MXFP4.
+
+    The latter are those of ``nnx.MultiHeadAttention``: ``query``, ``key``, ``value`` and ``out``.
 
     The float model runs once, as ``model(*calibration, **calibration_kwargs)``, outside ``jit``, to see what enters
     each layer. Layers are solved one by one, each with its own rotation, even where several read the same activation.
 
     Args:
-      model: any; it is left as it was. Subclasses of ``nnx.Linear`` and other layers are left alone.
+      model: any; it is left as it was. Subclasses of these layers and other layers are left alone.
       rules: the first whose path matches holds; a layer that none matches stays in float.
       *calibration: what the model is called with.
       seed: of everything random in the methods.
@@ -171,17 +216,20 @@ def quantize_linears(
       The copy, with a :class:`QuantizedLinear` for each such layer.
 
     Raises:
-      TorqError: a rule that no layer matches; a layer that calibration does not reach, or reaches only inside ``jit``
-        or ``scan``; activations that are not finite; or a folded layer that is not the original's equal.
+      TorqError: a rule that no layer matches; a layer with batch axes; one that calibration does not reach, or
+        reaches only inside ``jit`` or ``scan``; activations that are not finite; or a folded layer that is not the
+        original's equal.
     """
     if not rules:
-        raise TorqError("no rules: nothing would be quantised; pass Rule('.*') for every nnx.Linear")
+        raise TorqError("no rules: nothing would be quantised; pass Rule('.*') for every linear layer")
     seen: dict[str, list[np.ndarray]] = {}
 
     def watched(path: tuple[Any, ...], node: Any) -> Any:
-        if type(node) is nnx.Linear:
+        if type(node) in LAYERS:
             name = "/".join(map(str, path))
-            node.dot_general = _recorder(name, seen.setdefault(name, []), node.dot_general)
+            own = getattr(node, "dot_general_cls", None)
+            inner = own() if own is not None else node.dot_general or jax.lax.dot_general
+            node.dot_general, node.dot_general_cls = _recorder(name, seen.setdefault(name, []), inner), None
         return node
 
     nnx.recursive_map(watched, nnx.clone(model))(*calibration, **calibration_kwargs)
@@ -189,7 +237,7 @@ def quantize_linears(
     for rule in rules:
         if not any(re.fullmatch(rule.path, name) for name in seen):
             raise TorqError(
-                f"rule {rule.path!r} matches no nnx.Linear: there are {', '.join(sorted(seen)) or 'none'}"
+                f"rule {rule.path!r} matches no linear layer: there are {', '.join(sorted(seen)) or 'none'}"
             )
     for name in chosen:
         if not seen[name]:
@@ -197,10 +245,12 @@ def quantize_linears(
 
     def replaced(path: tuple[Any, ...], node: Any) -> Any:
         name = "/".join(map(str, path))
-        if type(node) is not nnx.Linear or name not in chosen:
+        if type(node) not in LAYERS or name not in chosen:
             return node
         try:
-            return _quantised(node, chosen[name], np.concatenate(seen[name]), seed)
+            ends = _ends(node)
+            flat = [ends.flat(x).reshape(-1, math.prod(ends.inputs)) for x in seen[name]]
+            return _quantised(node, ends, chosen[name], np.concatenate(flat), seed)
         except TorqError as error:
             raise TorqError(f"{name}: {error}") from error
 
@@ -208,10 +258,14 @@ def quantize_linears(
 
 
 def _quantised(
-    linear: nnx.Linear, rule: Rule, x: Float[np.ndarray, "tokens in"], seed: int
+    linear: nnx.Linear | nnx.LinearGeneral,
+    ends: _Ends,
+    rule: Rule,
+    x: Float[np.ndarray, "tokens in"],
+    seed: int,
 ) -> QuantizedLinear:
     """Statistics, solver, fold, round: the way of a layer."""
-    w = np.asarray(linear.kernel[...], np.float32).T  # [out, in]
+    w = np.asarray(linear.kernel[...], np.float32).reshape(x.shape[1], -1).T  # [out, in]
     moments = "full" if rule.rounding == "gptq" else solvers.needs_moments(rule.method)
     gathered = dataclasses.replace(
         statistics.gather(jnp.asarray(x), moments=moments),
@@ -239,8 +293,8 @@ def _quantised(
         weight = rounding.gptq(folded, (second + second.T) / 2, rule.weight_scale).weight
     else:
         weight = mxfp4.quantize(folded, rule.weight_scale)
-    bias = None if linear.bias is None else linear.bias[...]
-    return QuantizedLinear(weight, transform, bias, rule.activation_scale, w.shape[1])
+    bias = None if linear.bias is None else linear.bias[...].reshape(-1)
+    return QuantizedLinear(weight, transform, bias, rule.activation_scale, ends)
 
 
 def _recorder(name: str, rows: list[np.ndarray], inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -251,7 +305,7 @@ def _recorder(name: str, rows: list[np.ndarray], inner: Callable[..., Any]) -> C
             raise TorqError(
                 f"{name} runs inside jit, scan or vmap, where no activation can be seen: calibrate a model without"
             )
-        rows.append(np.asarray(lhs, np.float32).reshape(-1, lhs.shape[-1]))
+        rows.append(np.asarray(lhs, np.float32))
         return inner(lhs, *args, **kwargs)
 
     return dot_general
