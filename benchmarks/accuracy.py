@@ -447,7 +447,7 @@ def main() -> int:
     if not (folder / "done").exists():
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
         begun = time.monotonic()
-        with progress(3 * layers, "statistics") as shown:
+        with progress(3 * layers, "statistics", unit="pass") as shown:
             gather(source, calibration, folder, shown)
         result["statistics_seconds"] = round(time.monotonic() - begun, 1)
     if "float" not in result:

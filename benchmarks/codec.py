@@ -121,7 +121,7 @@ def main() -> None:
     )
     times: dict[str, list[float]] = {name: [] for name in calls}
     oracle_times = []
-    with progress(options.rounds, "codec") as shown:
+    with progress(options.rounds, "codec", unit="round") as shown:
         for turn in range(options.rounds + 1):
             for name, call in calls.items():
                 taken = call()

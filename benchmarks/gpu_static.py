@@ -95,7 +95,7 @@ def main() -> int:
     reason = missing()
     if lacking and reason is not None:
         raise SystemExit(reason)
-    with progress(len(lacking), "compiling") as shown:
+    with progress(len(lacking), "compiling", unit="call") as shown:
         for key, call in lacking.items():
             found = compile_call(call)
             had[key] = found

@@ -92,7 +92,7 @@ def resume(path: Path, calls: dict[str, Call], *, retry: bool) -> dict[str, Any]
     had = result["calls"]
     missing = {k: c for k, c in calls.items() if k not in had or (retry and "cycles" not in had[k])}
     keys, machine = iter(missing), describe()
-    with progress(len(missing), "simulating") as shown:
+    with progress(len(missing), "simulating", unit="call") as shown:
 
         def keep(_: Call, found: dict[str, Any]) -> None:
             had[next(keys)] = found

@@ -121,18 +121,20 @@ def progress(
     description: str,
     quiet: bool = False,
     *,
+    unit: str = "layer",
     console: Console | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[LayerProgress]:
-    """Show progress over ``total`` layers while the block runs.
+    """Show progress over ``total`` layers, or other units, while the block runs.
 
     On a terminal: a bar with count, elapsed and estimated time left and the current stage. Elsewhere: one
     plain line for every :meth:`LayerProgress.advance`. When quiet: nothing.
 
     Args:
-      total: number of layers, as counted by :meth:`LayerProgress.advance`.
-      description: what is being done to the layers, e.g. ``"Converting"``.
+      total: number of units, as counted by :meth:`LayerProgress.advance`.
+      description: what is being done to them, e.g. ``"Converting"``.
       quiet: print nothing at all.
+      unit: what is counted, for the plain lines.
       console: where to; standard error if None.
       clock: seconds from an arbitrary start; tests give their own.
 
@@ -155,7 +157,7 @@ def progress(
             nonlocal shown
             if state.done != shown:
                 shown = state.done
-                say(f"{description}: layer {_count(state)}, {_times(state)}")
+                say(f"{description}: {unit} {_count(state)}, {_times(state)}")
 
         yield LayerProgress(total, clock=clock, on_change=line, on_message=say)
         return

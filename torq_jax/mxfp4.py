@@ -33,6 +33,7 @@ SCALE_NAN = 0xFF
 SCALE_BIAS = 127
 
 _MANTISSA = 23
+_NAN_BITS = 0x7FC00000
 _INF_BITS = 0xFF << _MANTISSA
 
 _CARRY = CARRY | {"mse": 0}  # which starts from floor
@@ -228,8 +229,7 @@ def _dequantize(q: MXFP4Array, dtype: Any) -> Array:
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _quantize_dequantize(x: Array, scale_rule: str, axis: int, padded: int) -> Array:
     size = x.shape[axis]
-    codes, scales = _encode(to_blocks(x, axis, padded), scale_rule)
-    return from_blocks(in_blocks(_decode(codes, scales, x.dtype)), size, axis)
+    return from_blocks(in_blocks(_round(to_blocks(x, axis, padded), scale_rule)), size, axis)
 
 
 def to_blocks(x: Array, axis: int, padded: int) -> Array:
@@ -279,15 +279,56 @@ def _encode(
     sign = ((bits >> 28) & 8).astype(jnp.uint8)
     amax = jnp.max(magnitude, axis=-1)  # [..., blocks]
 
-    exponent = _amax_exponent(amax, scale_rule)
-    if scale_rule == "mse":
-        exponent = _least_error_exponent(magnitude, exponent)
+    exponent = _exponent(magnitude, amax, scale_rule)
     codes = _round_to_codes(magnitude, exponent)
 
     finite, nonzero = amax < _INF_BITS, amax > 0
     scales = jnp.where(finite, jnp.where(nonzero, exponent + SCALE_BIAS, 0), SCALE_NAN).astype(jnp.uint8)
     codes = jnp.where((finite & nonzero)[..., None], codes.astype(jnp.uint8) | sign, jnp.uint8(0))
     return codes, scales
+
+
+def _exponent(magnitude: Array, amax: Array, scale_rule: str) -> Int32[Array, "... blocks"]:
+    """Exponent of each block; at least -127."""
+    exponent = _amax_exponent(amax, scale_rule)
+    return _least_error_exponent(magnitude, exponent) if scale_rule == "mse" else exponent
+
+
+def _round(blocks: Float[Array, "... blocks 32"], scale_rule: str) -> Float[Array, "... blocks 32"]:
+    """What :func:`_decode` makes of :func:`_encode`'s codes, without them: bit patterns are rounded as they lie.
+
+    The steps, and their reasons, are those of :func:`_round_to_codes`.
+    """
+    bits = float32_bits(blocks)
+    magnitude, sign = bits & 0x7FFFFFFF, bits & jnp.int32(-(1 << 31))
+    amax = jnp.max(magnitude, axis=-1)
+    exponent = _exponent(magnitude, amax, scale_rule)
+    doubling = jnp.where(exponent == -SCALE_BIAS, 1 << _MANTISSA, 0)[..., None]
+    magnitude = magnitude + jnp.minimum(magnitude, doubling)
+    exponent = jnp.maximum(exponent, 1 - SCALE_BIAS)
+    one = ((exponent + SCALE_BIAS) << _MANTISSA)[..., None]
+    quarter, half, three_quarters = (_scaled_bits(v, exponent)[..., None] for v in (0.25, 0.5, 0.75))
+
+    drop = _MANTISSA - 1
+    even = (magnitude >> drop) & 1
+    large = (magnitude + ((1 << (drop - 1)) - 1) + even) & -(1 << drop)
+    large = jnp.minimum(large, one + (5 << drop))  # 6 has code 7, five after that of 1
+    small = jnp.where(magnitude > quarter, jnp.where(magnitude >= three_quarters, one, half), 0)
+    rounded = jnp.where(magnitude >= one, large, small)
+    rounded = rounded - jnp.minimum(
+        rounded >> 1, doubling
+    )  # halved again where it was doubled, with nothing lost
+
+    rounded = jnp.where((amax > 0)[..., None], rounded | sign, 0)
+    rounded = jnp.where((amax < _INF_BITS)[..., None], rounded, _NAN_BITS)
+    return _from_float32_bits(rounded, blocks.dtype)
+
+
+def _from_float32_bits(bits: Int32[Array, ...], dtype: Any) -> Float[Array, ...]:
+    """Values whose mantissas have two bits at most, from float32 bit patterns."""
+    if dtype == jnp.bfloat16:  # the low half is zero: at most two mantissa bits, shifted by at most two
+        return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
 
 
 def _round_to_codes(
@@ -384,7 +425,5 @@ def _decode(codes: Array, scales: Array, dtype: Any) -> Array:
         field > 0, jnp.where(field < 0xFF, (field << _MANTISSA) | mantissa, _INF_BITS), subnormal
     )
     bits = jnp.where(code == 0, 0, bits) | ((codes & 8).astype(jnp.int32) << 28)
-    bits = jnp.where((scales == SCALE_NAN)[..., None], 0x7FC00000, bits)
-    if dtype == jnp.bfloat16:  # the low half is zero: at most two mantissa bits, shifted by at most two
-        return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
+    bits = jnp.where((scales == SCALE_NAN)[..., None], _NAN_BITS, bits)
+    return _from_float32_bits(bits, dtype)
