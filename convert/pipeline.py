@@ -1125,7 +1125,9 @@ class _Run:
                 "online_multiply_adds": 0 if cost is None else int(cost.multiply_adds),
                 "online_bytes": 0 if cost is None else int(cost.bytes_read),
                 "orthogonality_error": float(error),
-                "condition_number": 1.0 if solved.transform is None else _condition(solved.transform),
+                "condition_number": 1.0
+                if solved.transform is None
+                else rotation.condition_number(solved.transform),
                 "solver_seconds": solved.seconds,
                 "solver": solved.report,
             }
@@ -1431,15 +1433,6 @@ def _put_back(stream: Any, group: range, y: np.ndarray) -> None:
 def output_gain(weights: Mapping[str, Any], site: str) -> np.ndarray:
     """:func:`torq_jax.statistics.output_gain` of a site's weights."""
     return statistics.output_gain(np.concatenate([np.asarray(weights[n]) for n in SITE_WEIGHTS[site]]))
-
-
-def _condition(transform: TwoLevelRotation) -> float:
-    """Bound on the condition number of the whole transform: the largest of each level's, multiplied."""
-    product = 1.0
-    for matrix in (transform.inter, transform.intra):
-        if matrix is not None:
-            product *= float(np.linalg.cond(np.asarray(matrix).astype(np.float64)).max())
-    return product
 
 
 def _block_energy(x: Any) -> np.ndarray:

@@ -212,6 +212,12 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise TorqError(f"{path} is not a manifest of a {FORMAT} checkpoint")
     if manifest.get("version") != VERSION:
         raise TorqError(f"{path} has version {manifest.get('version')}: this release reads version {VERSION}")
+    listed = manifest.get("files")
+    if not isinstance(listed, dict) or not all(isinstance(digest, str) for digest in listed.values()):
+        raise TorqError(f"{path} is damaged: files must give each file's sha256")
+    for name in listed:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise TorqError(f"{path} is damaged: it lists {name!r}, which lies outside of the checkpoint")
     return manifest
 
 

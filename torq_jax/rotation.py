@@ -393,6 +393,19 @@ def check_orthogonal(rotation: TwoLevelRotation, tolerance: float | None = None)
     return error
 
 
+def condition_number(rotation: TwoLevelRotation) -> float:
+    """Bound on the condition number of the whole transform: the largest of each level's, multiplied.
+
+    Raises:
+      numpy.linalg.LinAlgError: a matrix that is not finite.
+    """
+    product = 1.0
+    for matrix in (_to_host(rotation.inter), _to_host(rotation.intra)):
+        if matrix is not None:
+            product *= float(np.linalg.cond(matrix).max())
+    return product
+
+
 def online_cost(rotation: TwoLevelRotation) -> OnlineCost:
     """Multiply-adds a token and bfloat16 bytes read a step of a rotation.
 
