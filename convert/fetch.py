@@ -55,7 +55,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object that a file holds; a ConversionError that names the file if it holds none."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ConversionError(f"{file}: cannot be read as JSON ({error}): fetch it again") from error
     if not isinstance(data, dict):
         raise ConversionError(

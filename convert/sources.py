@@ -27,8 +27,9 @@ import numpy as np
 from convert import gguf_tokenizer
 from convert.fetch import PICKLES_REMEDY, TOKENIZER_FILES, Progress, download, fetch_demo, read_json
 from convert.names import expected_tensors, gguf_to_hf
+from torq_jax import tokenizers
 from torq_jax.config import DecoderConfig
-from torq_jax.errors import ConversionError, ReadError
+from torq_jax.errors import ConversionError, ReadError, TorqError
 
 __all__ = ["Source", "TensorInfo", "fetch_demo", "open_source", "read_safetensors_header"]
 
@@ -107,19 +108,26 @@ class Source:
           ConversionError: the source has no tokenizer, or one that transformers cannot read.
         """
         if self.kind == "gguf":
-            return gguf_tokenizer.build(self.metadata, str(self.location))
+            return self._gguf_tokenizer()
         remedy = "copy the tokenizer's files beside the weights, or use --calibration random"
         if not self.has_tokenizer:
             raise ConversionError(f"{self.location}: there is no tokenizer (tokenizer.json): {remedy}")
-        from transformers import AutoTokenizer  # seconds to import, and not every conversion tokenises
-
         try:
-            return AutoTokenizer.from_pretrained(
-                str(self.location), trust_remote_code=False, local_files_only=True
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            return tokenizers.from_directory(self.location)
+        except TorqError as error:
             raise ConversionError(
                 f"{self.location}: the tokenizer cannot be read ({error}): {remedy}"
+            ) from error
+
+    def _gguf_tokenizer(self) -> Any:
+        try:
+            return tokenizers.checked(lambda: gguf_tokenizer.build(self.metadata, str(self.location)))
+        except ConversionError:
+            raise
+        except TorqError as error:
+            raise ConversionError(
+                f"{self.location}: the tokenizer cannot be read ({error}): fetch the file again, or pass "
+                "--calibration random"
             ) from error
 
     def files(self) -> list[Path]:

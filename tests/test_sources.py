@@ -428,6 +428,19 @@ def write_gguf(
     return source
 
 
+def add_tokenizer(writer):
+    """The golden tokenizer, for :func:`write_gguf`."""
+    data = json.loads((GOLDENS / "llama3" / "tokenizer.json").read_text())
+    vocabulary = sorted(data["model"]["vocab"], key=data["model"]["vocab"].get)
+    control = {token["content"] for token in data["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if token in control else 1 for token in vocabulary])
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]])
+    writer.add_chat_template(open_source(str(GOLDENS / "llama3")).load_tokenizer().chat_template)
+
+
 def llama3_divisors(theta, size, scaling):
     """What llama.cpp's converter computes of a llama3 scaling, entry by entry."""
     result = []
@@ -530,18 +543,6 @@ def test_gguf_type_that_cannot_be_decoded(tmp_path, monkeypatch):
 
 def test_gguf_tokenizer_agrees_with_the_directory_s(tmp_path):
     original = open_source(str(GOLDENS / "llama3"))
-    data = json.loads((GOLDENS / "llama3" / "tokenizer.json").read_text())
-    vocabulary = sorted(data["model"]["vocab"], key=data["model"]["vocab"].get)
-
-    def add_tokenizer(writer):
-        control = {token["content"] for token in data["added_tokens"]}
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("gpt-2")
-        writer.add_token_list(vocabulary)
-        writer.add_token_types([3 if token in control else 1 for token in vocabulary])
-        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]])
-        writer.add_chat_template(original.load_tokenizer().chat_template)
-
     divisors = llama3_divisors(500000.0, 16, original.config.rope_scaling)
     write_gguf(tmp_path / "tiny.gguf", "llama3", rope_freqs=divisors, add=add_tokenizer)
     ours, theirs = open_source(str(tmp_path / "tiny.gguf")).load_tokenizer(), original.load_tokenizer()

@@ -39,11 +39,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from torq_jax import cache, decoder, files, mxfp4, mxfp8, sharding
+from torq_jax import cache, decoder, files, mxfp4, mxfp8, rotation, sharding, tokenizers
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
 from torq_jax.decoder import Decoder, Formats, SiteFormat
 from torq_jax.errors import ConversionError, TorqError, WriteError
 from torq_jax.matmul import select
+from torq_jax.rotation import TwoLevelRotation
 
 MANIFEST = "torq.json"
 FORMAT = "torq-jax"
@@ -206,7 +207,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TorqError(f"{directory} holds no checkpoint: {MANIFEST} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TorqError(f"{path} cannot be read: {_first_line(error)}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise TorqError(f"{path} is not a manifest of a {FORMAT} checkpoint")
@@ -313,7 +314,10 @@ def load(
         outer |= {name: jnp.asarray(outer[name], dtype) for name in ("embed", "lm_head") if name in outer}
     layers = stacks[0] if len(stacks) == 1 else dict(enumerate(stacks))
     model = nnx.eval_shape(lambda: Decoder(config, held, dtype=dtype, apart=apart))
-    model = decoder.fill(model, jax.tree.map(jnp.asarray, {**outer, "layers": layers}))
+    try:
+        model = decoder.fill(model, jax.tree.map(jnp.asarray, {**outer, "layers": layers}))
+    except TorqError as error:
+        raise TorqError(f"checkpoint {directory} is damaged: {error}") from error
     if own is not None:
         model = decoder.divide(model, own)
     if not dequantize:
@@ -346,6 +350,9 @@ def layer_formats(config: DecoderConfig, manifest: Mapping[str, Any]) -> list[Fo
       TypeError, KeyError, ValueError, AttributeError: a manifest that is damaged.
     """
     common = {site: SiteFormat.from_json(manifest["sites"][site]) for site in SITES}
+    written = {name.split("/")[1] for name in manifest.get("files", {}) if name.startswith("layers/")}
+    if len(written) != config.num_layers:
+        raise ValueError(f"files of {len(written)} layers, and num_layers is {config.num_layers}")
     formats = [dict(common) for _ in range(config.num_layers)]
     for layer, sites in manifest.get("exceptions", {}).items():
         index = int(layer)
@@ -355,6 +362,16 @@ def layer_formats(config: DecoderConfig, manifest: Mapping[str, Any]) -> list[Fo
             if site not in SITES:
                 raise ValueError(f"exception of an unknown site {site!r}")
             formats[index][site] = SiteFormat.from_json(form)
+    for form_of in (common, *(formats[int(layer)] for layer in manifest.get("exceptions", {}))):
+        for site, form in form_of.items():
+            if form.rotated:
+                inter, intra = (
+                    None if s is None else jax.ShapeDtypeStruct(s, jnp.bfloat16)
+                    for s in (form.inter, form.intra)
+                )
+                rotation.validate(
+                    TwoLevelRotation(inter, intra, form.stored_features(config.site_in_features(site)))  # type: ignore[arg-type]
+                )
     return list(formats)
 
 
@@ -463,13 +480,11 @@ def load_tokenizer(directory: Path) -> Any:
     """
     if not directory.is_dir():
         return None
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        return tokenizers.from_directory(directory)
+    except TorqError as error:
         raise TorqError(
-            f"checkpoint is damaged: the tokenizer in {directory} cannot be read: {_first_line(error)}"
+            f"checkpoint is damaged: the tokenizer in {directory} cannot be read: {error}"
         ) from error
 
 

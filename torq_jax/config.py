@@ -97,15 +97,21 @@ class DecoderConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> DecoderConfig:
-        """Inverse of :meth:`to_json`."""
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+          KeyError, TypeError, ValueError: a field that is missing, unknown, or not what it must be.
+        """
         scaling = data["rope_scaling"]
-        return cls(
+        found = cls(
             **{
                 **data,
                 "rope_scaling": None if scaling is None else RopeScaling(**scaling),
                 "eos_token_ids": tuple(data["eos_token_ids"]),
             }
         )
+        _check_stored(found)
+        return found
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], *, where: str = "config.json") -> DecoderConfig:
@@ -147,7 +153,7 @@ class DecoderConfig:
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            norm_eps=_number(config, "rms_norm_eps", where, default=1e-6),
+            norm_eps=_epsilon(config, where),
             rope_theta=theta,
             rope_scaling=scaling,
             max_position_embeddings=positions,
@@ -160,8 +166,40 @@ class DecoderConfig:
         )
 
 
+_FIELDS = {
+    field.name: field.type for part in (DecoderConfig, RopeScaling) for field in dataclasses.fields(part)
+}
+_LARGEST = 2**31 - 1
+
+
+def _check_stored(config: DecoderConfig) -> None:
+    """Raise for fields out of a checkpoint's manifest that no conversion writes."""
+    if config.architecture not in ARCHITECTURES.values():
+        raise ValueError(f"architecture is {config.architecture!r}")
+    fields = vars(config) | ({} if config.rope_scaling is None else vars(config.rope_scaling))
+    for name, value in fields.items():
+        annotation = _FIELDS[name]
+        if annotation == "int":
+            right = _is_integer(value) and 1 <= value <= _LARGEST
+        elif annotation == "float":
+            right = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+        else:
+            right = annotation != "bool" or isinstance(value, bool)
+        if not right:
+            raise ValueError(f"{name} is {value!r}")
+    ids = (*config.eos_token_ids, *([] if config.bos_token_id is None else [config.bos_token_id]))
+    if not all(map(_is_integer, ids)):
+        raise ValueError(f"token ids are {ids}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _architecture(config: Mapping[str, Any], where: str) -> str:
     names = config.get("architectures") or ()
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ConversionError(f"{where}: field 'architectures' is {_short(names)}: must be a list of names")
     for name in names:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
@@ -179,34 +217,58 @@ def _integer(config: Mapping[str, Any], key: str, where: str, default: int | Non
         if default is None:
             raise ConversionError(f"{where}: field {key!r} is missing")
         return default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConversionError(f"{where}: field {key!r} is {value!r}: must be a positive integer")
+    if not _is_integer(value) or not 1 <= value <= _LARGEST:
+        raise ConversionError(
+            f"{where}: field {key!r} is {_short(value)}: must be an integer from 1 to {_LARGEST}"
+        )
     return value
 
 
 def _number(config: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConversionError(f"{where}: field {key!r} is {value!r}: must be a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+        raise ConversionError(f"{where}: field {key!r} is {_short(value)}: must be a number, and finite")
     return float(value)
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _epsilon(config: Mapping[str, Any], where: str) -> float:
+    value = _number(config, "rms_norm_eps", where, default=1e-6)
+    if value < 0:
+        raise ConversionError(f"{where}: field 'rms_norm_eps' is {value}: must not be negative")
+    return value
 
 
 def _token_ids(config: Mapping[str, Any], key: str, where: str) -> tuple[int, ...]:
     value = config.get(key)
     ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+    if not all(_is_integer(i) and abs(i) <= _LARGEST for i in ids):
         raise ConversionError(
-            f"{where}: field {key!r} is {value!r}: must be a token id (an integer), or a list"
+            f"{where}: field {key!r} is {_short(value)}: must be a token id (an integer), or a list"
         )
     return ids
 
 
 def _rope(config: Mapping[str, Any], positions: int, where: str) -> tuple[float, RopeScaling | None]:
     # transformers 5 writes one "rope_parameters"; transformers 4 wrote "rope_theta" and "rope_scaling".
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        value = config.get(key) or {}
+        if not isinstance(value, Mapping):
+            raise ConversionError(f"{where}: field {key!r} is {_short(value)}: must be an object")
+        rope |= value
     theta = _number(
         {"rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0))}, "rope_theta", where
     )
+    if not theta > 0:
+        raise ConversionError(f"{where}: field 'rope_theta' is {theta}: must be positive")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None

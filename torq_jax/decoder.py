@@ -85,6 +85,9 @@ class SiteFormat:
                 f"a site of weights {self.weights!r} and activations {self.activations!r}: must be of "
                 f"{', '.join(WEIGHT_FORMATS)} and of {', '.join(ACTIVATION_FORMATS)}"
             )
+        for shape in (self.inter, self.intra):
+            if not all(type(n) is int and n > 0 for n in shape or ()):
+                raise TorqError(f"a rotation of shape {shape}: must be positive integers")
 
     @property
     def rotated(self) -> bool:

@@ -78,7 +78,7 @@ def read_text(path: str | Path, joined: str = "raw") -> tuple[str, str]:
             text = "\n\n".join(line if line.strip() else "" for line in lines)
     except FileNotFoundError:
         raise TorqError(f"text file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise TorqError(f"text file {path} cannot be read: {type(error).__name__}: {error}") from error
     return text, hashlib.sha256(data).hexdigest()
 
