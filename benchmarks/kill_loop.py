@@ -162,16 +162,17 @@ def trial(
 ) -> dict[str, Any]:
     """Convert with kills; where they came, and what the last run ended with."""
     killed: list[str] = []
-    operation = random.randrange(known["operations"][in_memory]) if phase == OPERATIONS else -1
     while len(killed) < kills:
+        counted = phase == OPERATIONS and not killed
+        operation = random.randrange(known["operations"][in_memory]) if counted else -1
         resume = ["--resume"] if killed or out.with_name(f".{out.name}.partial").exists() else []
         run = Run(out, [*options, *resume], operation=operation, in_memory=in_memory)
-        if operation >= 0:
-            operation = -1
-        else:
-            index, duration = random.choice(known["phases"][in_memory][phase])
+        if not counted:
+            stages = known["phases"][in_memory]
             if killed:  # the second one: anywhere in what is left
-                index = random.randrange(8)
+                index, duration = random.randrange(8), random.choice(random.choice(list(stages.values())))[1]
+            else:
+                index, duration = random.choice(stages[phase])
             if run.wait_for(index):
                 time.sleep(random.uniform(0, duration))
             run.kill()
@@ -181,7 +182,7 @@ def trial(
             continue
         if status != -9:
             raise RuntimeError(f"the conversion ended with {status} before it was killed: {run.error()}")
-        killed.append(phase if operation < 0 and phase == OPERATIONS else run.stages[-2][0])
+        killed.append(phase if counted else run.stages[-2][0])
     kept = out.exists()
     run = Run(out, [*options, "--resume"], in_memory=in_memory)
     status = run.end()

@@ -277,7 +277,8 @@ def _read_index(index: Path) -> dict[Path, tuple[str, ...] | None]:
                 "the index"
             )
         shards.setdefault(shard, []).append(tensor)
-    missing = [shard for shard in sorted(shards) if not (index.parent / shard).is_file()]
+    there = {entry.name for entry in index.parent.iterdir() if entry.is_file()}
+    missing = sorted(shards.keys() - there)
     if missing:
         raise ConversionError(
             f"{index.parent}: {len(missing)} of {len(shards)} shards are missing: {_some(missing)}: "
@@ -405,6 +406,7 @@ def _read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]
     """Key-value pairs, and the tensors by llama.cpp's names; shapes are turned to numpy's order."""
     import gguf
 
+    _check_gguf_sizes(path)
     try:
         reader = gguf.GGUFReader(path)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
@@ -422,12 +424,83 @@ def _read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]
         raise ConversionError(
             f"{path}: cannot be read as GGUF ({error}): it is truncated or corrupt: fetch it again"
         ) from error
-    if reader.byte_order != "I":
-        raise ConversionError(
-            f"{path}: is of the other byte order: convert it with gguf-convert-endian first"
-        )
     _check_ends(path, path.stat().st_size, tensors.items())
     return metadata, tensors
+
+
+_GGUF_SCALARS = {
+    0: 1,
+    1: 1,
+    2: 2,
+    3: 2,
+    4: 4,
+    5: 4,
+    6: 4,
+    7: 1,
+    10: 8,
+    11: 8,
+    12: 8,
+}  # bytes of each value type
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+
+
+def _check_gguf_sizes(path: Path) -> None:
+    """Walk a GGUF header by its lengths: the package believes them, and a lying one costs it minutes and gigabytes.
+
+    Raises:
+      ConversionError: the other byte order, or a length or count of what the file has no room for.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+
+        def take(count: int, what: str) -> bytes:
+            if count > size - stream.tell():
+                raise ConversionError(
+                    f"{path}: cannot be read as GGUF: {what} takes {count} bytes, {size - stream.tell()} are left: "
+                    "it is truncated or corrupt: fetch it again"
+                )
+            return stream.read(count)
+
+        def number(width: int, what: str) -> int:
+            return int.from_bytes(take(width, what), "little")
+
+        def string(what: str) -> str:
+            return take(number(8, what), what).decode("utf-8", "replace")
+
+        def skip(kind: int, key: str, depth: int = 0) -> None:
+            if kind == _GGUF_STRING:
+                string(key)
+            elif kind == _GGUF_ARRAY and depth < 2:
+                inner, count = number(4, key), number(8, key)
+                if inner in _GGUF_SCALARS:
+                    take(count * _GGUF_SCALARS[inner], key)
+                else:
+                    for _ in range(count):  # each takes 8 bytes at least, or ends the file
+                        skip(inner, key, depth + 1)
+            elif kind in _GGUF_SCALARS:
+                take(_GGUF_SCALARS[kind], key)
+            else:
+                raise ConversionError(
+                    f"{path}: cannot be read as GGUF: {key} is of type {kind}: fetch it again"
+                )
+
+        if take(4, "the magic number") != b"GGUF":
+            raise ConversionError(
+                f"{path}: cannot be read as GGUF: it does not begin with GGUF: fetch it again"
+            )
+        version = number(4, "the version")
+        if version and not version & 0xFFFF:
+            raise ConversionError(
+                f"{path}: is of the other byte order: convert it with gguf-convert-endian first"
+            )
+        tensors, pairs = number(8, "the number of tensors"), number(8, "the number of pairs")
+        for _ in range(pairs):
+            key = string("a key")
+            skip(number(4, key), key)
+        for _ in range(tensors):
+            name = string("a tensor's name")
+            dimensions = number(4, name)
+            take(8 * dimensions + 12, name)
 
 
 def _gguf_config(

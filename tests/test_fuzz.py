@@ -105,3 +105,14 @@ def test_a_panic_of_the_tokenizers_library_is_an_error():
         checked(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(MemoryError):
         checked(lambda: (_ for _ in ()).throw(MemoryError))
+
+
+def test_a_lying_gguf_header_costs_nothing(tmp_path):
+    """The package took 35 s and a gigabyte for 2**32 + 288 elements that are not there."""
+    fuzz.READERS["gguf"].make(tmp_path)
+    path = tmp_path / "model.gguf"
+    data = path.read_bytes()
+    at = data.index(b"tokenizer.ggml.token_type") + 25 + 8  # after the key: array, of int32, this many
+    path.write_bytes(data[:at] + (2**32 + 288).to_bytes(8, "little") + data[at + 8 :])
+    with pytest.raises(ConversionError, match="token_type takes 17179870336 bytes"):
+        sources.open_source(str(path))

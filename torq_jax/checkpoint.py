@@ -351,7 +351,7 @@ def layer_formats(config: DecoderConfig, manifest: Mapping[str, Any]) -> list[Fo
     """
     common = {site: SiteFormat.from_json(manifest["sites"][site]) for site in SITES}
     written = {name.split("/")[1] for name in manifest.get("files", {}) if name.startswith("layers/")}
-    if len(written) != config.num_layers:
+    if "files" in manifest and len(written) != config.num_layers:
         raise ValueError(f"files of {len(written)} layers, and num_layers is {config.num_layers}")
     formats = [dict(common) for _ in range(config.num_layers)]
     for layer, sites in manifest.get("exceptions", {}).items():
