@@ -55,6 +55,9 @@ from torq_jax.statistics import SiteStatistics
 FOLD_TOLERANCE = 1e-4
 """Largest relative error of a folded site's float output; float32 sums of 2**14 products stay below 1e-5."""
 
+WORSE_DB = 3.0
+"""A site whose output errs by more than this, a factor of two, beyond :func:`predicted_sqnr` is named."""
+
 SAMPLE_TOKENS = 1024
 """Tokens of each site kept for the solvers and for the diagnostics."""
 
@@ -284,6 +287,8 @@ def convert(
             if tokenizer is not None:
                 save_tokenizer(tokenizer, unfinished.checkpoint / "tokenizer")
         progress.stage("perplexity")
+        with run.timed("equivalence"):
+            equivalence = run.equivalence()
         with run.timed("perplexity"):
             rows = run.rows()
         progress.stage("assembling")
@@ -306,7 +311,7 @@ def convert(
                 "plan_sha256": resume_from.digest(planned),
             }
         )
-        result = run.report(rows, writer.directory)
+        result = run.report(rows, equivalence, writer.directory)
         if tokenizer is None:
             result["warnings"].append("no tokenizer: the checkpoint generates from token ids only")
         report.write_report(result, writer.directory)
@@ -675,6 +680,15 @@ _KEPT = (
 """What a run has gathered over its layers that JSON can hold as it is."""
 
 
+def store_unrounded(
+    config: DecoderConfig, site: str, solved: SolvedSite, weights: Mapping[str, Any], settings: Settings
+) -> tuple[SiteFormat, dict[str, Any]]:
+    """A site as it is solved, with nothing rounded, aimed or corrected."""
+    plain = dataclasses.replace(solved, means=None, target=None)
+    unrounded = variant(settings.method, "bf16", "bf16", "nearest")
+    return store_site(config, np.float32, site, plain, weights, settings, unrounded)
+
+
 class _Run:
     """State of one conversion: the streams that travel through the layers, and what is reported."""
 
@@ -725,6 +739,9 @@ class _Run:
         self.layers = 0
         """How many are finished."""
         self.stream: streams.Stream
+        self.unrounded: streams.Stream
+        """The first calibration sequence through the transformed model before anything is rounded; where the source
+        is rotated, through the original, too (otherwise the calibration stream has it)."""
         self.streams: dict[Variant, streams.Stream] = {}
 
     @contextlib.contextmanager
@@ -741,6 +758,7 @@ class _Run:
         tokens = self.calibration.tokens.size
         if self.evaluation is not None:
             tokens += self.evaluation.tokens.size * len(self.variants)
+        tokens += 2 * self.calibration.tokens.shape[1]
         return 4 * tokens * self.config.hidden_size
 
     def in_files(self) -> bool:
@@ -762,7 +780,7 @@ class _Run:
             for name in ("formats", "wide_formats")
         )
         self.bytes = {v: state["bytes"][v.label] for v in self.variants if v is not FLOAT}
-        self.stream, *others = (
+        self.stream, self.unrounded, *others = (
             streams.resume(folder / str(i), count, self.layers, in_files=self.in_files())
             for i, count in enumerate(state["streams"])
         )
@@ -773,7 +791,7 @@ class _Run:
         return {
             "layers": self.layers,
             "pieces": writer.hashes,
-            "streams": [len(s) for s in (self.stream, *self.streams.values())],
+            "streams": [len(s) for s in self.all_streams()],
             "formats": {site: form.to_json() for site, form in self.formats.items()},
             "wide_formats": {site: form.to_json() for site, form in self.wide_formats.items()},
             "bytes": {v.label: size for v, size in self.bytes.items()},
@@ -783,15 +801,19 @@ class _Run:
 
     def keep(self, writer: checkpoint.CheckpointWriter) -> dict[str, Any]:
         """Make the streams outlast the process after a layer, and say so; see :meth:`state`."""
-        for stream in (self.stream, *self.streams.values()):
+        for stream in self.all_streams():
             stream.keep()
         self.layers += 1
         return self.state(writer)
 
     def forget(self) -> None:
         """Delete what was needed before the last layer only."""
-        for stream in (self.stream, *self.streams.values()):
+        for stream in self.all_streams():
             stream.forget()
+
+    def all_streams(self) -> Iterator[streams.Stream]:
+        """All of them, in the order of their folders."""
+        yield from (self.stream, self.unrounded, *self.streams.values())
 
     def stream_order(self) -> list[Variant]:
         """The rows in the order of their streams."""
@@ -802,12 +824,20 @@ class _Run:
         table = self.source.read(names.outer_tensors(self.config)["embed"])
         stored, original = np.dtype(self.source.float_dtype), None
 
-        def start(tokens: np.ndarray, dtype: Any) -> streams.Stream:
-            arrays = (table[row][None].astype(dtype).astype(np.float32) for row in tokens)
+        def start(tokens: np.ndarray, dtype: Any, *tables: np.ndarray) -> streams.Stream:
+            arrays = (
+                own[row][None].astype(dtype).astype(np.float32)
+                for own in tables or (table,)
+                for row in tokens
+            )
             return streams.start(folder / str(next(numbers)), arrays, in_files=self.in_files())
 
         numbers = itertools.count()
         self.stream = start(self.calibration.tokens, table.dtype)
+        both = [table]
+        if self.original is not self.source:
+            both.append(self.original.read(names.outer_tensors(self.original.config)["embed"]))
+        self.unrounded = start(self.calibration.tokens[:1], table.dtype, *both)
         for variant in self.stream_order() if self.evaluation is not None else ():
             if self.is_original(variant) and table is not original:
                 table = original = self.original.read(names.outer_tensors(self.original.config)["embed"])
@@ -842,6 +872,8 @@ class _Run:
             formats: dict[Variant, dict[str, SiteFormat]] = {v: {} for v in rows}
             shard: dict[str, Any] = dict(shared)
             roundings = {v.rounding for v in written}
+            unrounded: dict[str, Any] = dict(shared)
+            exact: dict[str, SiteFormat] = {}
             sites = self.solve(method, index, parameters, gathered, folds, roundings)
             if method == self.settings.method and second_pass(self.settings):
                 sites = self.look_again(graph, parameters, index, dict(sites), progress)
@@ -879,12 +911,17 @@ class _Run:
                                 f"{known[site]}: all layers must share one"
                             )
                         self.linear_bytes += _weight_bytes(shard[site])
+                        exact[site], unrounded[site] = store_unrounded(
+                            self.config, site, solved, parameters[site], self.settings
+                        )
                 if method == self.settings.method:
                     with self.timed("diagnostics"):
                         self.diagnose(
                             index, site, solved, gathered[site], parameters[site], form, shard[site]
                         )
             if method == self.settings.method:
+                with self.timed("equivalence"):
+                    self.advance_unrounded(decoder.make_layer(self.config, exact)[0], unrounded, index)
                 progress.stage("writing")
                 with self.timed("writing"):
                     writer.layer(index, shard)
@@ -1062,6 +1099,43 @@ class _Run:
 
     # -- sites ---------------------------------------------------------------------------------------------
 
+    def advance_unrounded(self, graph: Any, parameters: Any, index: int) -> None:
+        """Take the transformed model, and the original of a rotated source, through a layer on one sequence."""
+        self.unrounded[0] = _finite(run_layer(graph, self.config, parameters, self.unrounded[0]), index)
+        if self.original is not self.source:
+            own, config = read_layer(self.original, index), self.original.config
+            y = run_layer(decoder.make_layer(config)[0], config, own, self.unrounded[1])
+            self.unrounded[1] = _finite(y, index)
+
+    def equivalence(self) -> dict[str, Any]:
+        """How far the transformed model's logits are from the original's before anything is rounded.
+
+        Raises:
+          ConversionError: further than the sites' own tolerances add up to.
+        """
+        rotated = self.original is not self.source
+        exact = self.unrounded[1] if rotated else self.stream[0]
+        heads = [self.head(source) for source in (self.original, self.source)]
+        size = error = 0.0
+        for first in range(0, exact.shape[1], evaluate.LOGITS_CHUNK):
+            part = slice(first, first + evaluate.LOGITS_CHUNK)
+            original, ours = (
+                decoder.logits(jnp.asarray(x[:, part]), jnp.asarray(norm), head, self.config.norm_eps)
+                for x, (norm, head, *_) in zip((exact, self.unrounded[0]), heads, strict=True)
+            )
+            size += float(jnp.sum(original * original))
+            error += float(jnp.sum((ours - original) ** 2))
+        relative = float(np.sqrt(error / size)) if size else float(np.sqrt(error))
+        # Each site may be off by its tolerance; errors of sites that know nothing of each other add up in squares.
+        tolerance = FOLD_TOLERANCE * float(np.sqrt(len(SITES) * self.config.num_layers))
+        if not relative <= tolerance:
+            raise ConversionError(
+                "before anything is rounded, the transformed model's logits on the first calibration sequence "
+                f"differ from the original's by {relative:.2e} (relative), more than {tolerance:.1e}: a transform is "
+                "too badly conditioned to use: choose another method, or --option orthogonal_only=true"
+            )
+        return {"logits_error": relative, "tolerance": tolerance, "tokens": int(exact.shape[1])}
+
     def diagnose(
         self,
         index: int,
@@ -1118,6 +1192,9 @@ class _Run:
                 "activation_sqnr_db": _sqnr(rotated, rounded),
                 "output_sqnr_db": _sqnr(exact, full),
                 "output_sqnr_a4_db": _sqnr(exact, a4),
+                "predicted_sqnr_db": predicted_sqnr(
+                    exact, (rotated, rounded), [(solved.folded[n], stored[n]) for n in SITE_WEIGHTS[site]]
+                ),
                 "fold_error": fold_error,
                 "online": online_parts(form),
                 "folded_into": self.folded.get(site),
@@ -1228,7 +1305,7 @@ class _Run:
         """Bytes of the float model in the dtype that its checkpoint has, or would have."""
         return self.parameters() * np.dtype(self.source.float_dtype).itemsize
 
-    def report(self, rows: list[dict[str, Any]], out: Path) -> dict[str, Any]:
+    def report(self, rows: list[dict[str, Any]], equivalence: dict[str, Any], out: Path) -> dict[str, Any]:
         """Everything that was measured, as :mod:`convert.report` documents it."""
         config, original = self.config, self.original_bytes()
         stored = checkpoint.directory_bytes(out, "layers", "outer")
@@ -1251,6 +1328,7 @@ class _Run:
                 "versions": versions(),
             },
             "evaluation": evaluation,
+            "equivalence": equivalence,
             "size": {
                 "original_bytes": original,
                 "checkpoint_bytes": stored,
@@ -1293,6 +1371,13 @@ class _Run:
         found = []
         if self.calibration.source == "random tokens":
             found.append("calibrated on random tokens: shapes and memory are tested, accuracy is not")
+        for row in self.sites:
+            predicted, measured = row["predicted_sqnr_db"], row["output_sqnr_db"]
+            if predicted is not None and measured is not None and measured < predicted - WORSE_DB:
+                found.append(
+                    f"layer {row['layer']}, {row['site']}: the output's error is {predicted - measured:.1f} dB "
+                    "larger than the sizes of its casts' errors explain; --mixed keeps such sites at MXFP8"
+                )
         if self.evaluation is None:
             found.append("not evaluated: pass --evaluate FILE to measure the perplexity")
         if self.choice is not None and not self.choice.sites:
@@ -1444,6 +1529,34 @@ def _sqnr(signal: Any, noisy: Any) -> float | None:
     """Signal over quantisation noise in dB; None without noise."""
     noise = float(jnp.sum((signal - noisy) ** 2))
     return 10 * float(np.log10(float(jnp.sum(signal**2)) / noise)) if noise > 0 else None
+
+
+def predicted_sqnr(
+    exact: Any, activations: tuple[Any, Any], weights: Sequence[tuple[Any, Any]]
+) -> float | None:
+    """Signal-to-noise ratio in dB of a site's output, from the errors of its two casts and their sizes alone.
+
+    Errors ``e`` of activations ``x [tokens, d]`` whose parts in different features know nothing of each other change
+    ``x @ W.T`` by ``sum_j |e_j|^2 |W_j|^2`` in squares, and errors of the weight likewise. GPTQ's parts do know of
+    each other, and do better; what errs in one direction that the weights read strongly does worse.
+
+    Args:
+      exact: the outputs ``[tokens, outs]``.
+      activations: before and after the cast, ``[tokens, d]``.
+      weights: of each linear layer, before and after, ``[out, d]``.
+    """
+
+    def energy(a: np.ndarray) -> np.ndarray:
+        return (a**2).sum(0)  # [d]
+
+    x, rounded = (np.asarray(a, np.float64) for a in activations)
+    noise = 0.0
+    for before, after in weights:
+        w, stored = np.asarray(before, np.float64), np.asarray(after, np.float64)
+        stored = np.pad(stored, ((0, 0), (0, w.shape[1] - stored.shape[1])))
+        noise += energy(rounded - x) @ energy(w) + energy(x) @ energy(stored - w)
+    size = (np.asarray(exact, np.float64) ** 2).sum()
+    return float(10 * np.log10(size / noise)) if size and noise else None
 
 
 def _peak_rss() -> int:

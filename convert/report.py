@@ -121,6 +121,7 @@ class SiteReport(TypedDict):
     activation_sqnr_db: float | None
     output_sqnr_db: float | None  # as converted
     output_sqnr_a4_db: float | None  # activations rounded, weights folded and not rounded
+    predicted_sqnr_db: float | None  # from the errors of both casts, see pipeline.predicted_sqnr
     fold_error: float  # relative change of the float output by the fold, before any rounding
     online_multiply_adds: int  # a token
     online_bytes: int  # of rotation matrices
@@ -130,6 +131,14 @@ class SiteReport(TypedDict):
     online: NotRequired[list[str]]  # what runs on every token
     folded_into: NotRequired[str | None]  # what took the transform, or a part of it, for free
     solver: NotRequired[dict[str, Any]]
+
+
+class EquivalenceReport(TypedDict):
+    """The transformed model against the original before anything is rounded, on one calibration sequence."""
+
+    logits_error: float  # relative
+    tolerance: float
+    tokens: int
 
 
 class FoldingReport(TypedDict):
@@ -209,6 +218,7 @@ class Report(TypedDict):
     model: ModelReport
     settings: SettingsReport
     evaluation: EvaluationReport | None
+    equivalence: NotRequired[EquivalenceReport]
     size: SizeReport
     sites: list[SiteReport]
     mixed: NotRequired[MixedReport | None]  # None where every site has the same format
@@ -365,13 +375,15 @@ _DIAGNOSTICS: tuple[tuple[str, tuple[str, ...], str, int], ...] = (
     ("y dB", ("output_sqnr_db",), ".1f", -1),
     ("y A4 dB", ("output_sqnr_a4_db",), ".1f", -1),
     ("fold", ("fold_error",), ".0e", 1),
+    ("y pred.", ("predicted_sqnr_db",), ".1f", -1),
     ("not orth.", ("orthogonality_error",), ".0e", 1),
 )
 _COSTS = (("mult-adds", "online_multiply_adds", ""), ("matrices", "online_bytes", "B"))
 
 DIAGNOSTIC_NOTE = (
     "imbalance: largest block energy over the mean one, before → after rotation. entropy: bits of codebook use, "
-    "3 at most. x dB, y dB: signal over rounding noise of the activation and of the output; A4: with float weights. "
+    "3 at most. x dB, y dB: signal over rounding noise of the activation and of the output; A4: with float weights; "
+    "pred.: of y, from the sizes of its casts' errors alone. "
     "fold: relative change of the float output by folding, before rounding."
 )
 
@@ -408,7 +420,7 @@ def summary_table(report: Mapping[str, Any]) -> Table:
         columns,
         tuple(rows),
         weak=frozenset(weak),
-        wide=frozenset(range(len(columns) - 3, len(columns))),
+        wide=frozenset(range(len(columns) - 4, len(columns))),
         notes=(DIAGNOSTIC_NOTE, _online_note(report)),
     )
 
@@ -508,8 +520,16 @@ def _title_lines(report: Mapping[str, Any]) -> list[str]:
         f"method {settings['method']}{_fold_title(report)}, {', '.join(rules)}, seed {settings['seed']}",
         f"calibrated on {calibration['sequences']} × {calibration['sequence_length']} tokens of "
         f"{calibration['source']}{digest}",
+        *([_equivalence_line(report["equivalence"])] if report.get("equivalence") else []),
         *([_mixed_line(report["mixed"])] if report.get("mixed") else []),
     ]
+
+
+def _equivalence_line(found: Mapping[str, Any]) -> str:
+    return (
+        f"before rounding, logits differ from the original's by {_figure(found['logits_error'], '.0e')} (relative; "
+        f"{_figure(found['tolerance'], '.0e')} allowed) on {found['tokens']} calibration tokens"
+    )
 
 
 _NAMED_SITES = 6  # sites at MXFP8 that the line names

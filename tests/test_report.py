@@ -48,6 +48,7 @@ def site(layer: int, name: str, output: float | None, **more: Any) -> dict[str, 
         "activation_sqnr_db": 18.0 - layer,
         "output_sqnr_db": output,
         "output_sqnr_a4_db": 16.0,
+        "predicted_sqnr_db": 15.0,
         "fold_error": 3e-7,
         "online_multiply_adds": 1000,
         "online_bytes": 2048,
@@ -209,11 +210,11 @@ def test_site_summary(width: int) -> None:
         s["layer"] += 125
         s["imbalance_before"] *= 10
     lines = [words(line) for line in printed(data, width).splitlines()]
-    tail = " not orth. mult-adds matrices" if width == 120 else ""
+    tail = " y pred. not orth. mult-adds matrices" if width == 120 else ""
     assert f"site imbalance entropy x dB y dB y A4 dB fold{tail}" in lines
-    costs = " 0 1.0 k 2.0 kB" if width == 120 else ""
+    costs = " 15.0 0 1.0 k 2.0 kB" if width == 120 else ""
     assert f"attn_in 125.0→2.0 2.10→2.38 17.5 12.0 16.0 3e-07{costs}" in lines
-    zero = " 0 (125)" if width == 120 else ""
+    zero = " 15.0 (125) 0 (125)" if width == 120 else ""
     worst = "2.5 (126) 2.25 (126) 17.0 (126) {} 16.0 (125) 3e-07 (125)" + zero
     assert "worst " + worst.format("10.0 (126)") in lines
     assert "worst " + worst.format("12.0 (125)") in lines

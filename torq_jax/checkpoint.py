@@ -292,6 +292,9 @@ def load(
 
     def read_layer(index: int) -> dict[str, Any]:
         layer = _restore_checked(directory, manifest, f"layers/{index:05d}", own)
+        wrong = misfits(layer, layer_shapes(config, formats[index]), f"layers/{index:05d} ")
+        if wrong:
+            raise TorqError(f"checkpoint {directory} is damaged: {wrong[0]}")
         return _decoded_layer(layer, config, formats[index], dtype, own) if dequantize else layer
 
     stacks, first = [], 0
@@ -300,7 +303,6 @@ def load(
         for index in range(first, first + count):
             layer = read_layer(index)
             stack = _empty_stack(layer, count, own) if stack is None else stack
-            _check_alike(stack, layer, index, first, directory)
             if own is None:
                 jax.tree.map(lambda s, x: s.__setitem__(index - first, x), stack, layer)  # noqa: B023
             else:
@@ -404,7 +406,9 @@ def restore(path: Path, own: sharding.Partition | None = None) -> dict[str, Any]
                 own.shardings(described),
             )
             return checkpointer.restore(path.absolute(), shapes)
-    except (OSError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged metadata leads Orbax and tensorstore to whatever their code meets
         raise TorqError(f"checkpoint is damaged: {path} cannot be read: {_first_line(error)}") from error
 
 
@@ -533,15 +537,35 @@ def _put(stack: Any, layer: Any, index: int) -> Any:
     return jax.tree.map(lambda s, x: put(s, x, index, 0), stack, layer)
 
 
-def _check_alike(stack: Any, layer: Any, index: int, first: int, directory: Path) -> None:
-    """Raise TorqError if layer ``index`` does not fit a stack that starts with layer ``first``."""
-    for name, value in layer.items():
-        if isinstance(value, Mapping):
-            _check_alike(stack.get(name, {}), value, index, first, directory)
-        elif name not in stack or stack[name].shape[1:] != value.shape:
-            raise TorqError(
-                f"checkpoint {directory} is damaged: layer {index} differs from layer {first} at {name!r}"
-            )
+def misfits(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What is wrong with the names, shapes and types of nested parameters; ``prefix`` goes before their names."""
+    wrong = []
+    for name in sorted(found.keys() | expected.keys()):
+        own, right = found.get(name), expected.get(name)
+        where = f"{prefix}{name}"
+        if right is None:
+            wrong.append(f"{where} is no parameter of this architecture")
+        elif own is None:
+            wrong.append(f"{where} is missing")
+        elif isinstance(own, Mapping) != isinstance(right, Mapping):
+            wrong.append(f"{where} is no parameter of this architecture")
+        elif isinstance(own, Mapping):
+            wrong += misfits(own, right, f"{where}.")
+        elif own.shape != right.shape:
+            wrong.append(f"{where} has shape {own.shape} where {right.shape} belongs")
+        elif (own.dtype == np.uint8) != (right.dtype == np.uint8):
+            wrong.append(f"{where} has type {own.dtype} where {right.dtype} belongs")
+    return wrong
+
+
+def layer_shapes(config: DecoderConfig, formats: Formats) -> Mapping[str, Any]:
+    """Shapes and types of a stored layer's parameters, nested."""
+    return _layer_shapes(config, tuple(formats[site] for site in SITES))
+
+
+@functools.lru_cache
+def _layer_shapes(config: DecoderConfig, forms: tuple[SiteFormat, ...]) -> Mapping[str, Any]:
+    return decoder.make_layer(config, dict(zip(SITES, forms, strict=True)))[1]
 
 
 def _first_line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from torq_jax import checkpoint, decoder, evaluate, rotation
+from torq_jax import checkpoint, evaluate, rotation
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
 from torq_jax.decoder import Formats, SiteFormat
 from torq_jax.errors import TorqError
@@ -145,8 +145,7 @@ def _parameters(
             shapes.append(str(error))
             continue
         found = {f"{piece} {name}": array for name, array in _flat(layer)}
-        expected = {f"{piece} {name}": array for name, array in _flat(decoder.make_layer(config, own)[1])}
-        wrong = _misfits(found, expected)
+        wrong = checkpoint.misfits(layer, checkpoint.layer_shapes(config, own), f"{piece} ")
         shapes += wrong
         values += _infinite(found)
         if not wrong:
@@ -168,7 +167,7 @@ def _parameters(
             shapes.append(str(error))
         else:
             found = {f"outer/{key}": array for key, array in outer.items()}
-            shapes += _misfits(found, {f"outer/{name}": jax.ShapeDtypeStruct(shape, np.float32)})
+            shapes += checkpoint.misfits(outer, {name: jax.ShapeDtypeStruct(shape, np.float32)}, "outer/")
             values += _infinite(found)
         progress(done, total)
     yield _check(
@@ -181,20 +180,6 @@ def _parameters(
     if rotations and not orthogonal:
         detail += ", each as in the report" if stated else "; there is no report to compare with"
     yield _check("rotations", turns, detail)
-
-
-def _misfits(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    wrong = []
-    for name in sorted(found.keys() | expected.keys()):
-        if name not in expected:
-            wrong.append(f"{name} is no parameter of this architecture")
-        elif name not in found:
-            wrong.append(f"{name} is missing")
-        elif found[name].shape != expected[name].shape:
-            wrong.append(f"{name} has shape {found[name].shape} where {expected[name].shape} belongs")
-        elif (found[name].dtype == np.uint8) != (expected[name].dtype == np.uint8):
-            wrong.append(f"{name} has type {found[name].dtype} where {expected[name].dtype} belongs")
-    return wrong
 
 
 def _infinite(found: Mapping[str, np.ndarray]) -> list[str]:
