@@ -10,7 +10,7 @@ import re
 
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
 
-_HF_MODULES = {
+HF_MODULES = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
     "v": "self_attn.v_proj",
@@ -61,9 +61,9 @@ def layer_tensors(config: DecoderConfig, layer: int) -> dict[str, str]:
     names = {key: f"{prefix}{_HF_NORMS[key]}.weight" for key in norms}
     for site in SITES:
         for weight in SITE_WEIGHTS[site]:
-            names[f"{site}/{weight}"] = f"{prefix}{_HF_MODULES[weight]}.weight"
+            names[f"{site}/{weight}"] = f"{prefix}{HF_MODULES[weight]}.weight"
             if config.site_has_bias(site):
-                names[f"{site}/{weight}_bias"] = f"{prefix}{_HF_MODULES[weight]}.bias"
+                names[f"{site}/{weight}_bias"] = f"{prefix}{HF_MODULES[weight]}.bias"
     return names
 
 

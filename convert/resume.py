@@ -261,6 +261,9 @@ def conversion(
     partial = partial_directory(target)
     if resume and not is_begun(target) and (target / checkpoint.MANIFEST).is_file():
         if checkpoint.read_manifest(target).get("plan_sha256") == digest(planned):
+            if partial.exists():  # what was stopped while it cleaned up after itself
+                with _locked(partial):
+                    files.remove_abandoned(partial)
             yield Unfinished(target, partial, planned, None, overwrite, finished=True)
             return
         checkpoint.check_target(target, overwrite=overwrite)

@@ -109,6 +109,12 @@ def test_stopped_before_any_file_operation_of_the_last_steps(
     before = (out / "torq.json").stat().st_mtime_ns
     assert main([*arguments, "--out", str(out), "--resume"]) == 0
     assert (out / "torq.json").stat().st_mtime_ns == before
+    # What a kill in the middle of deleting the unfinished directory leaves goes away, too.
+    partial = resume.partial_directory(out)
+    (partial / "streams" / "1").mkdir(parents=True)
+    assert not resume.is_begun(out)
+    assert main([*arguments, "--out", str(out), "--resume"]) == 0
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def _interrupt(*_):

@@ -121,6 +121,38 @@ def quantize(x: Float[Array, ...], scale_rule: ScaleRule, *, axis: int = -1, pad
     return _quantize(x, scale_rule, *check_input(x, scale_rule, axis, pad))
 
 
+def from_compressed_tensors(packed: UInt8[Array, "*b n/2"], scale: UInt8[Array, "*b n/32"]) -> MXFP4Array:
+    """A weight of compressed-tensors' ``mxfp4-pack-quantized``: ``weight_packed`` and ``weight_scale``.
+
+    The layout is ours: two codes a byte with the lower index in the low nibble, one E8M0 byte a block.
+
+    Raises:
+      TorqError: arrays that are no uint8, or of shapes that do not fit.
+    """
+    for name, array in (("packed", packed), ("scale", scale)):
+        if array.dtype != np.uint8:
+            raise TorqError(f"{name} has dtype {array.dtype}: must be uint8")
+    if packed.ndim < 1 or packed.shape != (*scale.shape[:-1], scale.shape[-1] * (BLOCK // 2)):
+        raise TorqError(
+            f"packed has shape {packed.shape}, scale {scale.shape}: {BLOCK // 2} bytes of codes must belong to each "
+            "scale"
+        )
+    return MXFP4Array(packed, scale, 2 * packed.shape[-1], -1)  # type: ignore[arg-type]
+
+
+def from_gpt_oss(blocks: UInt8[Array, "*b n/32 16"], scales: UInt8[Array, "*b n/32"]) -> MXFP4Array:
+    """A weight as gpt-oss stores it: ``*_blocks``, with a block's 16 bytes on an axis of their own, and ``*_scales``.
+
+    Raises:
+      TorqError: as :func:`from_compressed_tensors`.
+    """
+    if blocks.ndim < 2 or blocks.shape[-1] != BLOCK // 2:
+        raise TorqError(
+            f"blocks have shape {blocks.shape}: the last axis must have the {BLOCK // 2} bytes of a block"
+        )
+    return from_compressed_tensors(blocks.reshape(*blocks.shape[:-2], -1), scales)
+
+
 def dequantize(q: MXFP4Array, dtype: Any = jnp.float32) -> Float[Array, ...]:
     """The values of a packed array, ``[q.shape]`` in ``dtype``.
 
