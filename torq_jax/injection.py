@@ -321,18 +321,4 @@ def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 
 def _cast(x: Array, rule: ScaleRule | None, axis: int, pad: bool) -> Array:
-    return x if rule is None else _straight_through(x, rule, axis, pad)
-
-
-def _rounded(x: Array, rule: ScaleRule, axis: int, pad: bool) -> Array:
-    return mxfp4.quantize_dequantize(x, rule, axis=axis, pad=pad)
-
-
-_straight_through = jax.custom_jvp(_rounded, nondiff_argnums=(1, 2, 3))
-
-
-@_straight_through.defjvp
-def _straight_through_jvp(
-    rule: ScaleRule, axis: int, pad: bool, primals: tuple[Array], tangents: tuple[Array]
-) -> tuple[Array, Array]:
-    return _rounded(primals[0], rule, axis, pad), tangents[0]
+    return x if rule is None else mxfp4.quantize_dequantize(x, rule, axis=axis, pad=pad)

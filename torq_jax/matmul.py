@@ -61,7 +61,9 @@ def matmul(
       implementation: None for the best that can run here (logged once), or one of :data:`IMPLEMENTATIONS`.
 
     Returns:
-      Products accumulated in float32, in the dtype of ``x``.
+      Products accumulated in float32, in the dtype of ``x``. As XLA computes them they can be differentiated:
+      gradients pass the cast as if it were not there, to ``x``, to the transform and to a float weight. Kernels have
+      none.
 
     Raises:
       TorqError: an implementation that does not exist or cannot run, a format or a

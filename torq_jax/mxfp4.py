@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -171,7 +172,8 @@ def quantize_dequantize(
 ) -> Float[Array, ...]:
     """``dequantize(quantize(x, ...), x.dtype)`` without packing: the values that MXFP4 can hold nearest to ``x``.
 
-    Arguments and errors are those of :func:`quantize`; shape and dtype are those of ``x``.
+    Arguments and errors are those of :func:`quantize`; shape and dtype are those of ``x``. Gradients pass as if
+    nothing were rounded, where values saturate, too (a straight-through estimate).
     """
     return _quantize_dequantize(x, scale_rule, *check_input(x, scale_rule, axis, pad))
 
@@ -258,7 +260,18 @@ def _dequantize(q: MXFP4Array, dtype: Any) -> Array:
     return from_blocks(values, q.size, q.axis)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def straight_through(rounded: Callable[..., Array]) -> Callable[..., Array]:
+    """``rounded(x, scale_rule, axis, padded)`` under ``jit``, with the derivative of ``x`` itself."""
+    own = jax.custom_jvp(rounded, nondiff_argnums=(1, 2, 3))
+
+    def jvp(rule: str, axis: int, padded: int, primals: tuple[Array], tangents: tuple[Array]) -> Any:
+        return own(*primals, rule, axis, padded), tangents[0]
+
+    own.defjvp(jvp)
+    return jax.jit(own, static_argnums=(1, 2, 3))
+
+
+@straight_through
 def _quantize_dequantize(x: Array, scale_rule: str, axis: int, padded: int) -> Array:
     size = x.shape[axis]
     return from_blocks(in_blocks(_round(to_blocks(x, axis, padded), scale_rule)), size, axis)

@@ -106,7 +106,8 @@ def quantize_dequantize(
 ) -> Float[Array, ...]:
     """``dequantize(quantize(x, ...), x.dtype)``: the values that MXFP8 can hold nearest to ``x``.
 
-    Arguments and errors are those of :func:`quantize`; shape and dtype are those of ``x``.
+    Arguments and errors are those of :func:`quantize`; shape and dtype are those of ``x``. Gradients pass as if
+    nothing were rounded.
     """
     return _quantize_dequantize(x, scale_rule, *mxfp4.check_input(x, scale_rule, axis, pad, SCALE_RULES))
 
@@ -127,7 +128,7 @@ def _dequantize(q: MXFP8Array, dtype: Any) -> Array:
     return mxfp4.from_blocks(values, q.size, q.axis)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@mxfp4.straight_through
 def _quantize_dequantize(x: Array, scale_rule: str, axis: int, padded: int) -> Array:
     size = x.shape[axis]
     codes, scales = _encode(mxfp4.to_blocks(x, axis, padded), scale_rule)
