@@ -1185,8 +1185,8 @@ class _Run:
                 "site": site,
                 "features": size,
                 "weights": form.weights,
-                "imbalance_before": float(before.max() / before.mean()),
-                "imbalance_after": float(after.max() / after.mean()),
+                "imbalance_before": _imbalance(before),
+                "imbalance_after": _imbalance(after),
                 "entropy_before": float(solvers.entropy_bits(shares["before"])),
                 "entropy_after": float(solvers.entropy_bits(shares["after"])),
                 "activation_sqnr_db": _sqnr(rotated, rounded),
@@ -1523,6 +1523,11 @@ def output_gain(weights: Mapping[str, Any], site: str) -> np.ndarray:
 def _block_energy(x: Any) -> np.ndarray:
     """Mean square of each block over tokens, ``[B]``."""
     return np.asarray(jnp.mean(x.reshape(x.shape[0], -1, mxfp4.BLOCK) ** 2, axis=(0, 2)), np.float64)
+
+
+def _imbalance(energy: np.ndarray) -> float:
+    """Largest block energy over the mean one; 1 where all are zero."""
+    return float(energy.max() / energy.mean()) if energy.any() else 1.0
 
 
 def _sqnr(signal: Any, noisy: Any) -> float | None:

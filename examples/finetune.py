@@ -18,7 +18,7 @@ import torq_jax
 from torq_jax import data, evaluate
 from torq_jax.config import SITES
 
-WINDOW, BATCH, RATE = 256, 1, 3e-4
+WINDOW, RATE = 256, 1e-3  # tokens of a step, Adam's rate at its start
 
 
 def perplexity(model, tokenizer, windows=8):
@@ -68,7 +68,7 @@ def finetune(model, teacher, tokens, steps, progress=print):
         return optax.apply_updates(trained, update), held, loss
 
     for i in range(steps):
-        batch = jnp.asarray(tokens[i * BATCH % len(tokens)][None])
+        batch = jnp.asarray(tokens[i % len(tokens)][None])
         trained, held, loss = step(trained, held, state, batch, teach(teacher, batch))
         if i % 10 == 0 or i == steps - 1:
             progress(f"step {i}: {float(loss):.4f} nats")

@@ -1,15 +1,21 @@
 """The example scripts run as they stand, and stay short enough to read at a glance."""
 
+import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import torq_jax
 from convert.__main__ import main
+from tests import tiny_checkpoint
 from tests.test_decoder import GOLDENS
 from torq_jax import data
+from torq_jax.config import SITES
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -39,6 +45,26 @@ def test_generate(tmp_path):
     assert main(["--hf", str(GOLDENS / "llama3"), "--out", str(out), *arguments]) == 0
     printed = run("generate.py", out, data.path(data.EVALUATION))
     assert printed.startswith("llama3 two_level\n") and "perplexity" in printed.splitlines()[-1]
+
+
+@pytest.mark.once
+def test_finetune(tmp_path):
+    """The divergence from the same model without casts falls; norms and features' factors alone change."""
+    spec = importlib.util.spec_from_file_location("finetune", EXAMPLES / "finetune.py")
+    finetune = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(finetune)
+    tiny_checkpoint.write(tmp_path / "model", num_layers=2)
+    model, teacher = (torq_jax.load(tmp_path / "model").model for _ in range(2))
+    for site in (getattr(stack, name) for stack in teacher.stacks() for name in SITES):
+        site.form = dataclasses.replace(site.form, activation_scale=None)
+    said = []
+    tokens = np.random.default_rng(0).integers(0, 288, (1, 64))
+    tuned = finetune.finetune(model, teacher, tokens, 31, said.append)
+    losses = [float(line.split()[2]) for line in said]
+    assert len(losses) == 4 and losses[-1] < 0.9 * losses[0]
+    before, after = (m.stacks()[0].mlp_in for m in (model, tuned))
+    np.testing.assert_array_equal(before.joined[...], after.joined[...])
+    assert (np.asarray(before.intra[...]) != np.asarray(after.intra[...], np.float32)).any()
 
 
 @pytest.mark.parametrize("script", ["generate.py", "plain_arrays.py"])

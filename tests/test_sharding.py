@@ -48,10 +48,12 @@ def test_eight_devices_in_every_layout():
     run_eight("eight_devices.py", "-m", "slow")
 
 
+@pytest.mark.once
 def test_conversion_on_eight_devices():
     run_eight("eight_devices_convert.py")
 
 
+@pytest.mark.once
 def test_two_processes(tmp_path):
     path = tiny_checkpoint.write(tmp_path / "tiny")
     with socket.socket() as free:

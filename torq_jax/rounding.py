@@ -271,6 +271,8 @@ def correct(
         raise TorqError(f"cross moment of shape {cross.shape}: must be finite, of shape {quantised.shape}")
     if not 0 <= alpha <= 1:
         raise TorqError(f"alpha {alpha} must lie in 0..1")
+    if not quantised.any():  # nothing ever entered, so every weight reads it equally well
+        return weight
     ridge = damping * np.diagonal(quantised).mean() * np.eye(len(quantised))
     try:
         solved = scipy.linalg.solve(quantised + ridge, (cross + ridge).T, assume_a="pos")
