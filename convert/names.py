@@ -1,7 +1,8 @@
 """Names and shapes of a decoder's tensors: Hugging Face's, llama.cpp's and ours.
 
 Ours, inside a layer, are ``site/weight`` as in :data:`torq_jax.config.SITES` and
-:data:`torq_jax.config.SITE_WEIGHTS`, with ``_bias`` added for a bias, and the four norms by their names.
+:data:`torq_jax.config.SITE_WEIGHTS`, with ``_bias`` added for a bias, and the four norms by their names. Where there are
+experts, one's weight is ``site/weight.7``, and ``router`` is what chooses among them.
 """
 
 from __future__ import annotations
@@ -55,12 +56,19 @@ def outer_tensors(config: DecoderConfig) -> dict[str, str]:
 
 
 def layer_tensors(config: DecoderConfig, layer: int) -> dict[str, str]:
-    """Our key -> Hugging Face name of every tensor of a layer: ``attn_in/q``, ``mlp_out/down_bias``..."""
+    """Our key -> Hugging Face name of every tensor of a layer: ``attn_in/q``, ``mlp_out/down_bias``, ``mlp_in/up.7``..."""
     prefix = f"model.layers.{layer}."
     norms = ("attn_in_norm", "mlp_in_norm", *(("q_norm", "k_norm") if config.qk_norm else ()))
     names = {key: f"{prefix}{_HF_NORMS[key]}.weight" for key in norms}
+    if config.num_experts:
+        names["router"] = f"{prefix}mlp.gate.weight"
     for site in SITES:
         for weight in SITE_WEIGHTS[site]:
+            if config.has_experts(site):
+                for expert in range(config.num_experts):
+                    module = f"mlp.experts.{expert}.{weight}_proj"
+                    names[f"{site}/{weight}.{expert}"] = f"{prefix}{module}.weight"
+                continue
             names[f"{site}/{weight}"] = f"{prefix}{HF_MODULES[weight]}.weight"
             if config.site_has_bias(site):
                 names[f"{site}/{weight}_bias"] = f"{prefix}{HF_MODULES[weight]}.bias"
@@ -75,8 +83,14 @@ def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     }
     if config.qk_norm:
         shapes |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
+    if config.num_experts:
+        shapes["router"] = (config.num_experts, config.hidden_size)
     for site in SITES:
         for weight, size in config.site_out_features(site).items():
+            if config.has_experts(site):
+                own = (size // config.num_experts, config.site_in_features(site))
+                shapes |= {f"{site}/{weight}.{expert}": own for expert in range(config.num_experts)}
+                continue
             shapes[f"{site}/{weight}"] = (size, config.site_in_features(site))
             if config.site_has_bias(site):
                 shapes[f"{site}/{weight}_bias"] = (size,)

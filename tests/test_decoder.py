@@ -17,7 +17,7 @@ from torq_jax.decoder import Decoder, SiteFormat
 from torq_jax.errors import ConversionError, TorqError
 
 GOLDENS = Path(__file__).parent / "goldens"
-NAMES = ("llama3", "llama3-tied", "qwen3", "qwen3-tied")
+NAMES = ("llama3", "llama3-tied", "qwen3", "qwen3-tied", "qwen3-moe")
 ATTENTION = {"q", "k", "v", "o"}
 
 
@@ -47,9 +47,15 @@ def _layer(tensors, config, i):
     }
     if config.qk_norm:
         layer |= {n: tensors[f"{at}self_attn.{n}.weight"] for n in ("q_norm", "k_norm")}
+    if config.num_experts:
+        layer["router"] = tensors[at + "mlp.gate.weight"]
     for site in SITES:
         layer[site] = {}
         for w in SITE_WEIGHTS[site]:
+            if config.num_experts and site.startswith("mlp"):
+                own = [f"{at}mlp.experts.{e}.{w}_proj.weight" for e in range(config.num_experts)]
+                layer[site][w] = jnp.concatenate([tensors[name] for name in own])
+                continue
             linear = f"{at}{'self_attn' if w in ATTENTION else 'mlp'}.{w}_proj."
             layer[site][w] = tensors[linear + "weight"]
             if config.site_has_bias(site):

@@ -10,7 +10,7 @@ from convert.names import expected_tensors, gguf_to_hf, layer_shapes, layer_tens
 from torq_jax.config import DecoderConfig
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
-NAMES = ("llama3", "llama3-tied", "qwen3", "qwen3-tied")
+NAMES = ("llama3", "llama3-tied", "qwen3", "qwen3-tied", "qwen3-moe")
 
 
 def golden_config(name):

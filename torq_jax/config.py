@@ -20,8 +20,12 @@ SITE_WEIGHTS = {
 }
 """The linear layers that each site feeds."""
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
-MODEL_TYPES = {"llama": "llama", "qwen3": "qwen3"}
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
+MODEL_TYPES = {"llama": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3_moe"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +40,15 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shape and constants of a LLaMA 3 or Qwen3 dense decoder; round-trips through JSON.
+    """Shape and constants of a LLaMA 3, Qwen3 or Qwen3 MoE decoder; round-trips through JSON.
 
     Sizes are counts of elements; ``norm_eps`` and ``rope_theta`` are as in the Hugging Face configuration.
     """
 
-    architecture: str  # "llama" or "qwen3"
+    architecture: str  # "llama", "qwen3" or "qwen3_moe"
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of one expert, where there are experts
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -59,6 +63,25 @@ class DecoderConfig:
     qk_norm: bool
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    num_experts: int = 0  # of each layer's MLP; 0 in a dense model
+    experts_per_token: int = 0
+    norm_topk: bool = False
+    """Whether the weights of a token's experts are divided by their sum."""
+
+    def has_experts(self, site: str) -> bool:
+        """Whether the weights of ``site`` are those of all experts, one under the other."""
+        return self.num_experts > 0 and site.startswith("mlp")
+
+    def site_rows(self, site: str) -> int:
+        """Activations that enter ``site`` for each token: one, or one for each of the token's experts."""
+        return self.experts_per_token if self.has_experts(site) and site == "mlp_out" else 1
+
+    def site_used_outputs(self, site: str) -> int:
+        """Rows of the weights of ``site`` that one activation is multiplied with: not those of all experts."""
+        total = sum(self.site_out_features(site).values())
+        if not self.has_experts(site):
+            return total
+        return total // self.num_experts * (self.experts_per_token if site == "mlp_in" else 1)
 
     def site_in_features(self, site: str) -> int:
         """Size of the activation that enters ``site``."""
@@ -70,7 +93,11 @@ class DecoderConfig:
         }[site]
 
     def site_out_features(self, site: str) -> dict[str, int]:
-        """Output size of each linear layer of ``site``, in the order of :data:`SITE_WEIGHTS`."""
+        """Output size of each linear layer of ``site``, in the order of :data:`SITE_WEIGHTS`.
+
+        Where there are experts, of all of them: their weights lie one under the other.
+        """
+        experts = self.num_experts if self.has_experts(site) else 1
         return {
             "attn_in": {
                 "q": self.num_heads * self.head_dim,
@@ -78,8 +105,8 @@ class DecoderConfig:
                 "v": self.num_kv_heads * self.head_dim,
             },
             "attn_out": {"o": self.hidden_size},
-            "mlp_in": {"gate": self.intermediate_size, "up": self.intermediate_size},
-            "mlp_out": {"down": self.hidden_size},
+            "mlp_in": {name: experts * self.intermediate_size for name in ("gate", "up")},
+            "mlp_out": {"down": experts * self.hidden_size},
         }[site]
 
     def site_has_bias(self, site: str) -> bool:
@@ -124,8 +151,7 @@ class DecoderConfig:
         architecture = _architecture(config, where)
         if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
             raise ConversionError(f"{where}: sliding-window attention is not supported: full attention only")
-        if config.get("num_experts") or config.get("num_local_experts"):
-            raise ConversionError(f"{where}: mixture-of-experts models are not supported: dense models only")
+        experts = _experts(config, architecture, where)
         activation = config.get("hidden_act", "silu")
         if activation not in ("silu", "swish"):
             raise ConversionError(f"{where}: hidden_act {activation!r} is not supported: must be 'silu'")
@@ -148,7 +174,9 @@ class DecoderConfig:
             architecture=architecture,
             vocab_size=_integer(config, "vocab_size", where),
             hidden_size=hidden,
-            intermediate_size=_integer(config, "intermediate_size", where),
+            intermediate_size=_integer(
+                config, "moe_intermediate_size" if experts else "intermediate_size", where
+            ),
             num_layers=_integer(config, "num_hidden_layers", where),
             num_heads=heads,
             num_kv_heads=kv_heads,
@@ -160,9 +188,10 @@ class DecoderConfig:
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
             attention_bias=bool(config.get("attention_bias", False)),
             mlp_bias=bool(config.get("mlp_bias", False)) and architecture == "llama",
-            qk_norm=architecture == "qwen3",
+            qk_norm=architecture.startswith("qwen3"),
             bos_token_id=bos_ids[0] if bos_ids else None,
             eos_token_ids=_token_ids(config, "eos_token_id", where),
+            **experts,
         )
 
 
@@ -170,6 +199,7 @@ _FIELDS = {
     field.name: field.type for part in (DecoderConfig, RopeScaling) for field in dataclasses.fields(part)
 }
 _LARGEST = 2**31 - 1
+_EXPERTS = ("num_experts", "experts_per_token")
 
 
 def _check_stored(config: DecoderConfig) -> None:
@@ -180,13 +210,18 @@ def _check_stored(config: DecoderConfig) -> None:
     for name, value in fields.items():
         annotation = _FIELDS[name]
         if annotation == "int":
-            right = _is_integer(value) and 1 <= value <= _LARGEST
+            right = _is_integer(value) and (name in _EXPERTS or value >= 1) and 0 <= value <= _LARGEST
         elif annotation == "float":
             right = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
         else:
             right = annotation != "bool" or isinstance(value, bool)
         if not right:
             raise ValueError(f"{name} is {value!r}")
+    moe = config.architecture == "qwen3_moe"
+    if not moe <= config.experts_per_token <= config.num_experts or bool(config.num_experts) != moe:
+        raise ValueError(
+            f"{config.architecture} with {config.num_experts} experts, {config.experts_per_token} a token"
+        )
     ids = (*config.eos_token_ids, *([] if config.bos_token_id is None else [config.bos_token_id]))
     if not all(map(_is_integer, ids)):
         raise ValueError(f"token ids are {ids}")
@@ -209,6 +244,30 @@ def _architecture(config: Mapping[str, Any], where: str) -> str:
     raise ConversionError(
         f"{where}: architecture {found!r} is not supported: must be one of {', '.join(ARCHITECTURES)}"
     )
+
+
+def _experts(config: Mapping[str, Any], architecture: str, where: str) -> dict[str, Any]:
+    """Fields of a mixture of experts; none of a dense model's."""
+    keys = ("num_experts", "num_local_experts")  # transformers 4's name and 5's
+    found = next((key for key in keys if config.get(key)), None)
+    if architecture != "qwen3_moe":
+        if found is not None:
+            raise ConversionError(
+                f"{where}: field {found!r} is {_short(config[found])}: experts are supported in Qwen3MoeForCausalLM only"
+            )
+        return {}
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers")
+    if step != 1 or dense:
+        raise ConversionError(
+            f"{where}: decoder_sparse_step {_short(step)} and mlp_only_layers {_short(dense)}: layers without experts "
+            "among layers with them are not supported: must be 1 and none"
+        )
+    count = _integer(config, found or keys[0], where)
+    each = _integer(config, "num_experts_per_tok", where, default=8)
+    if each > count:
+        raise ConversionError(f"{where}: num_experts_per_tok {each} is more than num_experts {count}")
+    norm = config.get("norm_topk_prob", False)
+    return {"num_experts": count, "experts_per_token": each, "norm_topk": bool(norm)}
 
 
 def _integer(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:

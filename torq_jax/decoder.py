@@ -1,4 +1,4 @@
-"""LLaMA 3 and Qwen3 dense decoders in ``flax.nnx``, float or MXFP4.
+"""LLaMA 3, Qwen3 and Qwen3 MoE decoders in ``flax.nnx``, float or MXFP4.
 
 Layers of one shape have their parameters stacked along a leading axis, and ``lax.scan`` runs over them: compile time
 does not grow with depth. Where a few sites are kept in another format, consecutive layers of equal formats form a
@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from torq_jax import cache as kv_cache
-from torq_jax import gpu, mesh_kernels, mxfp4, tpu
+from torq_jax import experts, gpu, mesh_kernels, mxfp4, tpu
 from torq_jax.cache import KVCache, Stored, rotate_heads
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig, RopeScaling
 from torq_jax.errors import TorqError
@@ -50,7 +51,8 @@ from torq_jax.sharding import Partition, constrain, put
 Tap = Callable[[str, Array], Array]
 """Called while tracing with a site's name and the activation ``[b, t, features]`` that enters it, and with
 ``"site/weight"`` and the output ``[b, t, out]`` of each of its linear layers; the layer goes on with what is
-returned."""
+returned. Where there are experts, with ``"router"`` and the indices of each token's ``[b, t, k]``; ``mlp_out`` and its
+activation are then ``[b, t, k, features]``, and so are the outputs of one expert of the linear layers."""
 
 _log = logging.getLogger(__name__)
 
@@ -136,6 +138,7 @@ class Site(nnx.Module):
 
     def __init__(self, config: DecoderConfig, site: str, form: SiteFormat, init: _Init):
         self.site, self.form = site, form
+        self.experts = config.num_experts if config.has_experts(site) else 0
         self.packed: _Packed | None = None
         self.joined_outputs: tuple[int, ...] = ()
         self.partition: Partition | None = None
@@ -159,6 +162,7 @@ class Site(nnx.Module):
         """Outputs of the site's linear layers, in the order of :data:`~torq_jax.config.SITE_WEIGHTS`."""
         if tap is not None:
             x = tap(self.site, x)
+        assert not self.experts
         if self.packed is not None:
             products = self._by_kernel(x)
         else:
@@ -178,6 +182,33 @@ class Site(nnx.Module):
             y = y if bias is None else y + bias[...].astype(y.dtype)
             outputs.append(y if tap is None else tap(f"{self.site}/{name}", y))
         return outputs
+
+    def by_expert(
+        self, x: Float[Array, "*b i"], cut: experts.Tiles, shape: tuple[int, ...], tap: Tap | None = None
+    ) -> list[Float[Array, "*shape o"]]:
+        """Outputs of each pair's own expert, in the order of :data:`~torq_jax.config.SITE_WEIGHTS`.
+
+        Args:
+          x: an activation for each token, or for each pair of a token and an expert.
+          cut: the pairs, sorted (see :mod:`torq_jax.experts`).
+          shape: of the pairs, ``[b, t, k]``.
+          tap: see :data:`Tap`.
+        """
+        x = x if tap is None else tap(self.site, x)
+        x = prepare(x, self.rotation(), self.form.activation_scale, self.form.activations)
+        names = SITE_WEIGHTS[self.site]
+        products = experts.multiply(
+            x.reshape(-1, x.shape[-1]),
+            [self.weight(name) for name in names],
+            cut,
+            experts=self.experts,
+            pairs=math.prod(shape),
+            rounded=self.form.activation_scale is not None,
+        )
+        outputs = [y.reshape(*shape, -1) for y in products]
+        if tap is None:
+            return outputs
+        return [tap(f"{self.site}/{name}", y) for name, y in zip(names, outputs, strict=True)]
 
     def join(self) -> None:
         """Replace the float weights by one, ``[..., in, all outs]``, of which a CPU makes the products fastest."""
@@ -277,6 +308,8 @@ class DecoderLayer(nnx.Module):
         if config.qk_norm:
             self.q_norm = nnx.Param(init.constant(1.0, (config.head_dim,)))
             self.k_norm = nnx.Param(init.constant(1.0, (config.head_dim,)))
+        if config.num_experts:
+            self.router = nnx.Param(init.weight((config.num_experts, config.hidden_size)))
         self.attn_in = Site(config, "attn_in", formats["attn_in"], init)
         self.attn_out = Site(config, "attn_out", formats["attn_out"], init)
         self.mlp_in = Site(config, "mlp_in", formats["mlp_in"], init)
@@ -306,9 +339,26 @@ class DecoderLayer(nnx.Module):
         normed = rms_norm(x, self.attn_in_norm[...], eps)
         attended, kept = self._attention(normed, rope, cache, rotated, start, tap)
         x = self._divided(x + self.attn_out(attended, tap)[0], None)
-        gate, up = self.mlp_in(rms_norm(x, self.mlp_in_norm[...], eps), tap)
+        normed = rms_norm(x, self.mlp_in_norm[...], eps)
+        if self.config.num_experts:
+            return self._divided(x + self._experts(normed, tap), None), kept
+        gate, up = self.mlp_in(normed, tap)
         hidden = self._divided(jax.nn.silu(gate) * up, "mlp")
         return self._divided(x + self.mlp_out(hidden, tap)[0], None), kept
+
+    def _experts(self, x: Float[Array, "b t H"], tap: Tap | None) -> Float[Array, "b t H"]:
+        """The mixture of each token's experts."""
+        config = self.config
+        weights, chosen = experts.route(
+            x, self.router[...], config.experts_per_token, normalise=config.norm_topk
+        )
+        if tap is not None:
+            chosen = tap("router", chosen)
+        cut = experts.tiles(chosen.reshape(-1), config.num_experts)
+        gate, up = self.mlp_in.by_expert(x, cut, chosen.shape, tap)
+        (y,) = self.mlp_out.by_expert(jax.nn.silu(gate) * up, cut, chosen.shape, tap)
+        mixed = jnp.einsum("...k,...kh->...h", weights, y.astype(jnp.float32), precision=precision(jnp.float32))
+        return mixed.astype(x.dtype)
 
     def _divided(self, x: Array, *names: str | None) -> Array:
         """``x [b, t, ...]`` as the mesh has it, if there is one; ``names`` are the logical axes after these two."""
@@ -625,6 +675,8 @@ def pack(model: Decoder, implementation: str | None = None) -> Decoder:
                 continue
             weights = [site.weight(weight) for weight in SITE_WEIGHTS[name]]
             reason = unfit(weights[0], site.form.activation_scale, site.form.activations)
+            if site.experts:
+                reason = "the kernels do not choose among experts"
             kind = None
             if reason is None and kernels != "tpu":
                 reason = gpu.unfit(kernels, site.form.activation_scale, model.dtype, weights)
@@ -651,7 +703,7 @@ def join(model: Decoder) -> Decoder:
     for stack in model.stacks():
         for name in SITES:
             site = getattr(stack, name)
-            if site.form.weights == "float" and not site.joined_outputs:
+            if site.form.weights == "float" and not site.joined_outputs and not site.experts:
                 site.join()
     return model
 

@@ -29,7 +29,15 @@ import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 HERE = pathlib.Path(__file__).parent
 VOCABULARY = 288
@@ -126,6 +134,24 @@ GOLDENS = {
             rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
         ),
         torch.float16,
+        None,
+    ),
+    "qwen3-moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(
+            **COMMON,
+            intermediate_size=160,
+            moe_intermediate_size=96,
+            num_experts=4,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            head_dim=32,
+            num_hidden_layers=2,
+            tie_word_embeddings=False,
+            rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        ),
+        torch.bfloat16,
         None,
     ),
 }
