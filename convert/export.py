@@ -98,6 +98,10 @@ def export(
 
 def check(config: DecoderConfig, formats: list[Formats], to: str) -> None:
     """Raise ConversionError for what the target cannot hold."""
+    if config.num_experts:
+        raise ConversionError(
+            "a mixture of experts cannot be exported: use the checkpoint with torq_jax.load"
+        )
     for index, own in enumerate(formats):
         for site, form in own.items():
             where, size = f"layer {index}, {site}", config.site_in_features(site)

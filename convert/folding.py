@@ -86,7 +86,9 @@ class RotatedSource(Source):
 
 
 def check_residual(config: DecoderConfig) -> None:
-    """Raise ConversionError where the residual stream has no whole blocks to rotate."""
+    """Raise ConversionError where the residual stream has no whole blocks to rotate, or experts read it."""
+    if config.num_experts:
+        raise ConversionError("--folded-only is not supported for a mixture of experts: use --fold free")
     if config.hidden_size % BLOCK:
         raise ConversionError(
             f"--folded-only rotates the residual stream in blocks of {BLOCK}, and hidden_size "

@@ -38,7 +38,8 @@ class Sensitivity:
     folder: Path
 
     def weights(self, layer: int, site: str) -> Float[np.ndarray, "sequences t"]:
-        """How much each calibration token counts at a site; their mean is one."""
+        """How much each calibration token counts at a site, or each activation of it
+        (:meth:`torq_jax.config.DecoderConfig.site_rows` a token); their mean is one."""
         weights = files.load_array(self.folder / f"{layer}.{site}.weights.npy")
         mean = weights.mean(dtype=np.float64)
         if not np.isfinite(mean) or mean <= 0:
@@ -72,9 +73,15 @@ def disk_bytes(config: DecoderConfig, tokens: int, *, outputs: bool = False) -> 
     if outputs:
         for site in SITES:
             for size in config.site_out_features(site).values():
-                count, part = output_parts(size)
+                count, part = output_parts(*_moment_rows(config, site, size))
                 gains += count * part * part
     return config.num_layers * (2 * tokens * config.hidden_size + 4 * gains) + 8 * tokens * config.hidden_size
+
+
+def _moment_rows(config: DecoderConfig, site: str, size: int) -> tuple[int, int]:
+    """Rows and experts of a weight's output moment: all experts write ``mlp_out``'s rows."""
+    experts = config.num_experts if config.has_experts(site) else 1
+    return (size // experts, 1) if site == "mlp_out" else (size, experts)
 
 
 def measure(

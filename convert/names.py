@@ -1,8 +1,8 @@
 """Names and shapes of a decoder's tensors: Hugging Face's, llama.cpp's and ours.
 
 Ours, inside a layer, are ``site/weight`` as in :data:`torq_jax.config.SITES` and
-:data:`torq_jax.config.SITE_WEIGHTS`, with ``_bias`` added for a bias, and the four norms by their names. Where there are
-experts, one's weight is ``site/weight.7``, and ``router`` is what chooses among them.
+:data:`torq_jax.config.SITE_WEIGHTS`, with ``_bias`` added for a bias, and the four norms by their names. Where there
+are experts, one's weight is ``site/weight.7``, and ``router`` is what chooses among them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def outer_tensors(config: DecoderConfig) -> dict[str, str]:
 
 
 def layer_tensors(config: DecoderConfig, layer: int) -> dict[str, str]:
-    """Our key -> Hugging Face name of every tensor of a layer: ``attn_in/q``, ``mlp_out/down_bias``, ``mlp_in/up.7``..."""
+    """Our key -> Hugging Face name of every tensor of a layer: ``attn_in/q``, ``mlp_out/down_bias``..."""
     prefix = f"model.layers.{layer}."
     norms = ("attn_in_norm", "mlp_in_norm", *(("q_norm", "k_norm") if config.qk_norm else ()))
     names = {key: f"{prefix}{_HF_NORMS[key]}.weight" for key in norms}

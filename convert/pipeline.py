@@ -79,6 +79,13 @@ FOLDED = "folded"
 
 _DIAGNOSTIC_TOKENS = 256
 
+EXPERT_PRIOR = 0.5
+"""What the layer's second moment counts for beside an expert's own, in tokens a feature: it fills up what an expert
+that saw few tokens says nothing about."""
+
+FEW_TOKENS = EXPERT_PRIOR / 4
+"""An expert that saw fewer tokens a feature is named: its own moment counts for less than a fifth."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -171,7 +178,7 @@ class SolvedSite:
     report: dict[str, Any]
     seconds: float
     second: np.ndarray | None
-    """Second moment of the rotated activations, float64; for GPTQ."""
+    """Second moment of the rotated activations, float64; for GPTQ. Of experts each one's, ``[E, d, d]`` float32."""
     outputs: Mapping[str, np.ndarray] | None = None
     """Moments of the gradients at each weight's output; for two-sided rounding."""
     target: Mapping[str, np.ndarray] | None = None
@@ -399,6 +406,8 @@ def check(config: DecoderConfig, settings: Settings) -> None:
             weights=settings.weights,
             activations=settings.activations,
         )
+    if config.num_experts:
+        check_experts(settings)
     if settings.seed < 0:
         raise ConversionError(f"seed {settings.seed} must not be negative")
     for rule in (settings.weight_scale, settings.activation_scale):
@@ -413,12 +422,24 @@ def check(config: DecoderConfig, settings: Settings) -> None:
                 "attn_in": "hidden_size",
                 "mlp_in": "hidden_size",
                 "attn_out": "heads x head_dim",
-                "mlp_out": "intermediate_size",
+                "mlp_out": "moe_intermediate_size" if config.num_experts else "intermediate_size",
             }[site]
             raise ConversionError(
                 f"{what} {size} is not a multiple of {mxfp4.BLOCK}: pass --pad to fill the blocks of {site} up "
                 f"with zeros to {mxfp4.padded_size(size)}"
             )
+
+
+def check_experts(settings: Settings) -> None:
+    """Raise ConversionError for settings that a mixture of experts cannot be converted with."""
+    for option, given, instead in (
+        ("--folded-only", settings.folded_only, "--fold free"),
+        ("--target rounded", settings.target == "rounded", "--target exact"),
+        ("--mean-correction", settings.mean_correction, "a plain conversion"),
+        ("--mixed", settings.mixed is not None, "a plain conversion"),
+    ):
+        if given:
+            raise ConversionError(f"{option} is not supported for a mixture of experts: use {instead}")
 
 
 def check_folding(config: DecoderConfig, settings: Settings) -> None:
@@ -481,12 +502,20 @@ def versions() -> dict[str, str]:
 
 def read_layer(source: Source, index: int) -> dict[str, Any]:
     """One layer of a source as the decoder's nested dictionary, float32."""
+    config = source.config
     parameters: dict[str, Any] = {site: {} for site in SITES}
-    for key, name in names.layer_tensors(source.config, index).items():
-        value = jnp.asarray(np.asarray(source.read(name), np.float32))
+    for key, name in names.layer_tensors(config, index).items():
+        value = np.asarray(source.read(name), np.float32)
         site, _, weight = key.rpartition("/")
-        (parameters[site] if site else parameters)[weight] = value
-    return parameters
+        weight, _, expert = weight.partition(".")
+        if expert:  # under the experts before it
+            if expert == "0":
+                room = np.empty((config.num_experts, *value.shape), np.float32)
+                parameters[site][weight] = room.reshape(-1, value.shape[1])
+            room[int(expert)] = value
+        else:
+            (parameters[site] if site else parameters)[weight] = value
+    return jax.tree.map(jnp.asarray, parameters)
 
 
 def solve_site(
@@ -526,12 +555,29 @@ def solve_site(
     if second:
         if gathered.second is None:
             raise TorqError('GPTQ needs the second moments: gather them with moments="full"')
-        moment = gathered.second.astype(np.float64)
-        if transform is not None:
-            half = rotation.rotate_host(moment, transform)
-            moment = rotation.rotate_host(np.ascontiguousarray(half.T), transform)
-            moment = (moment + moment.T) / 2  # the two products round apart
+        if gathered.experts is None:
+            moment = _rotated_moment(gathered.second, transform)
+        else:
+            prior = EXPERT_PRIOR * gathered.second.shape[0]
+            moment = np.stack(
+                [
+                    _rotated_moment(statistics.expert_second(gathered, e, prior), transform).astype(
+                        np.float32
+                    )
+                    for e in range(len(gathered.experts.tokens))
+                ]
+            )
     return SolvedSite(transform, folded, report, seconds, moment, outputs)
+
+
+def _rotated_moment(second: np.ndarray, transform: TwoLevelRotation | None) -> np.ndarray:
+    """The second moment of rotated activations, float64."""
+    moment = second.astype(np.float64)
+    if transform is None:
+        return moment
+    half = rotation.rotate_host(moment, transform)
+    moment = rotation.rotate_host(np.ascontiguousarray(half.T), transform)
+    return (moment + moment.T) / 2  # the two products round apart
 
 
 def second_pass(settings: Settings) -> bool:
@@ -582,27 +628,44 @@ def aim(solved: SolvedSite, rounded: statistics.RoundedStatistics, settings: Set
 
 def round_weights(solved: SolvedSite, settings: Settings, rounded: str) -> dict[str, mxfp4.MXFP4Array]:
     """The folded weights in MXFP4; once for all rows that store them alike."""
-    if rounded not in solved.packed:
-        rule: Any = settings.weight_scale
-        packed = solved.packed[rounded] = {}
-        factorised = None
-        if rounded != "nearest":
-            if solved.second is None or (rounded == "two_sided" and solved.outputs is None):
-                raise TorqError(
-                    "solve the site with second=True for GPTQ, and with outputs for two-sided rounding"
-                )
-            order: Any = settings.order
-            factorised = rounding.factorise(solved.second, damping=settings.damping, order=order)
+    if rounded in solved.packed:
+        return solved.packed[rounded]
+    rule: Any = settings.weight_scale
+    packed = solved.packed[rounded] = {}
+    if rounded == "nearest":
+        packed.update(
+            {name: mxfp4.quantize(jnp.asarray(folded), rule) for name, folded in solved.aims.items()}
+        )
+        return packed
+    if solved.second is None or (rounded == "two_sided" and solved.outputs is None):
+        raise TorqError("solve the site with second=True for GPTQ, and with outputs for two-sided rounding")
+    moments = solved.second if solved.second.ndim == 3 else solved.second[None]
+    found: dict[str, list[rounding.Rounded]] = {name: [] for name in solved.aims}
+    for expert, moment in enumerate(moments):
+        order: Any = settings.order
+        factorised = rounding.factorise(moment, damping=settings.damping, order=order)
         for name, folded in solved.aims.items():
-            if factorised is not None:
-                outputs = solved.outputs[name] if rounded == "two_sided" and solved.outputs else None
-                found = rounding.gptq_factorised(jnp.asarray(folded), factorised, rule, outputs=outputs)
-                packed[name] = found.weight
-                solved.report[f"{name}_error_nearest"] = found.error_nearest
-                solved.report[f"{name}_error_{rounded}"] = found.error
-            else:
-                packed[name] = mxfp4.quantize(jnp.asarray(folded), rule)
-    return solved.packed[rounded]
+            outputs = None
+            if rounded == "two_sided" and solved.outputs:
+                outputs = solved.outputs[name]
+                if len(moments) > 1 and name != "down":  # what experts write in the stream has one moment
+                    each = len(outputs) // len(moments)
+                    outputs = outputs[expert * each : (expert + 1) * each]
+            own = jnp.asarray(np.split(folded, len(moments))[expert])
+            found[name].append(rounding.gptq_factorised(own, factorised, rule, outputs=outputs))
+    for name, parts in found.items():
+        packed[name] = parts[0].weight
+        if len(parts) > 1:
+            codes, scales = (
+                np.concatenate([np.asarray(getattr(p.weight, k)) for p in parts]) for k in ("codes", "scales")
+            )
+            packed[name] = dataclasses.replace(
+                parts[0].weight, codes=jnp.asarray(codes), scales=jnp.asarray(scales)
+            )
+        # Of experts, the mean.
+        solved.report[f"{name}_error_nearest"] = float(np.mean([p.error_nearest for p in parts]))
+        solved.report[f"{name}_error_{rounded}"] = float(np.mean([p.error for p in parts]))
+    return packed
 
 
 def store_site(
@@ -669,6 +732,7 @@ def store_site(
 
 _KEPT = (
     "sites",
+    "experts",
     "energy",
     "codebook",
     "fold_errors",
@@ -715,6 +779,8 @@ class _Run:
         if roundings - {"nearest"} or self.folded:
             needed.add("full")
         self.two_sided = "two_sided" in roundings
+        self.by_expert = bool(source.config.num_experts and roundings - {"nearest"})
+        """Whether each expert's own second moment is needed."""
         self.moments: statistics.Moments = next(m for m in ("full", "inter", "none") if m in needed)  # type: ignore[assignment]
         weighed = self.moments == "full" and settings.sensitivity == "loss"
         self.sensitive = weighed or settings.mixed is not None
@@ -725,6 +791,8 @@ class _Run:
         self.wide_formats: dict[str, SiteFormat] = {}
         """Formats of the sites at MXFP8."""
         self.sites: list[dict[str, Any]] = []
+        self.experts: list[list[int]] = []
+        """Of every layer, how many calibration tokens chose each expert."""
         self.energy: list[dict[str, Any]] = []
         self.codebook: dict[str, dict[str, list[list[float]]]] = {
             s: {"before": [], "after": []} for s in SITES
@@ -1010,13 +1078,16 @@ class _Run:
             moments=self.moments,
             seed=self.settings.seed,
             move=not second_pass(self.settings),
+            by_expert=self.by_expert,
             devices=self.devices,
         )
+        if (experts := gathered["mlp_in"].experts) is not None:
+            self.experts.append(experts.tokens.astype(int).tolist())
         for site, found in gathered.items():
             gain = None
             if self.moments == "full":
                 gain = output_gain(parameters[site], site) if measured is None else measured.gain(index, site)
-            outputs = sum(self.config.site_out_features(site).values())
+            outputs = self.config.site_used_outputs(site)
             gathered[site] = dataclasses.replace(found, gain=gain, outputs=outputs)
         return gathered
 
@@ -1147,13 +1218,16 @@ class _Run:
         values: Mapping[str, Any],
     ) -> None:
         """Measure one converted site on its sample of (normalised) activations."""
-        x = jnp.asarray(gathered.samples[:: max(1, len(gathered.samples) // _DIAGNOSTIC_TOKENS)])
+        every = max(1, len(gathered.samples) // _DIAGNOSTIC_TOKENS)
+        x = jnp.asarray(gathered.samples[::every])
+        experts = None if gathered.experts is None else gathered.experts.samples[::every]
         rotated = prepare(x, solved.transform, None)
         rounded = prepare(x, solved.transform, form.activation_scale, form.activations)
         stored = checkpoint.decode_site(values, self.config, site, form, jnp.float32)
         size = self.config.site_in_features(site)
+        groups = _by_expert(experts, self.config.num_experts)
         exact, folded, a4, full = (
-            jnp.concatenate([dot(a, jnp.asarray(w[n], jnp.float32)) for n in SITE_WEIGHTS[site]], -1)
+            jnp.concatenate([_outputs(site, a[rows], w, *part) for rows, *part in groups])
             for a, w in (
                 (x, weights),
                 (rotated, solved.folded),
@@ -1193,13 +1267,25 @@ class _Run:
                 "output_sqnr_db": _sqnr(exact, full),
                 "output_sqnr_a4_db": _sqnr(exact, a4),
                 "predicted_sqnr_db": predicted_sqnr(
-                    exact, (rotated, rounded), [(solved.folded[n], stored[n]) for n in SITE_WEIGHTS[site]]
+                    exact,
+                    [
+                        (
+                            (rotated[rows], rounded[rows]),
+                            [
+                                tuple(_part(w[n], *part) for w in (solved.folded, stored))
+                                for n in SITE_WEIGHTS[site]
+                            ],
+                        )
+                        for rows, *part in groups
+                    ],
                 ),
                 "fold_error": fold_error,
                 "online": online_parts(form),
                 "folded_into": self.folded.get(site),
-                "multiply_adds": size * sum(self.config.site_out_features(site).values()),
-                "online_multiply_adds": 0 if cost is None else int(cost.multiply_adds),
+                "multiply_adds": size * self.config.site_used_outputs(site) * self.config.site_rows(site),
+                "online_multiply_adds": 0
+                if cost is None
+                else int(cost.multiply_adds) * self.config.site_rows(site),
                 "online_bytes": 0 if cost is None else int(cost.bytes_read),
                 "orthogonality_error": float(error),
                 "condition_number": 1.0
@@ -1338,6 +1424,7 @@ class _Run:
             },
             "folding": None if self.settings.fold == "none" else self.folding(),
             "sites": self.sites,
+            "experts": self.experts_report(),
             "mixed": None if self.choice is None else self.choice.to_json(),
             "plots": {
                 "block_energy": self.energy,
@@ -1366,6 +1453,26 @@ class _Run:
             "untied_bytes": folding.untied_bytes(self.source),
         }
 
+    def experts_report(self) -> dict[str, Any] | None:
+        """What the router did with the calibration text, and which experts saw too little of it."""
+        if not self.experts:
+            return None
+        least = int(np.ceil(FEW_TOKENS * self.config.hidden_size))
+        return {
+            "experts": self.config.num_experts,
+            "per_token": self.config.experts_per_token,
+            "few_tokens": least,
+            "own_moments": self.by_expert,
+            "layers": [
+                {
+                    "layer": index,
+                    "tokens": counts,
+                    "few": [expert for expert, seen in enumerate(counts) if seen < least],
+                }
+                for index, counts in enumerate(self.experts)
+            ],
+        }
+
     def warnings(self) -> list[str]:
         """What a reader of the report must not overlook."""
         found = []
@@ -1378,6 +1485,7 @@ class _Run:
                     f"layer {row['layer']}, {row['site']}: the output's error is {predicted - measured:.1f} dB "
                     "larger than the sizes of its casts' errors explain; --mixed keeps such sites at MXFP8"
                 )
+        found += report.few_tokens(self.experts_report())
         if self.evaluation is None:
             found.append("not evaluated: pass --evaluate FILE to measure the perplexity")
         if self.choice is not None and not self.choice.sites:
@@ -1402,11 +1510,11 @@ def run_layer(graph: Any, config: DecoderConfig, parameters: Any, x: Any) -> Any
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run_tapped(graph: Any, config: DecoderConfig, parameters: Any, x: Any) -> Any:
-    """The residual stream after one layer, and the activations that enter each site."""
+    """The residual stream after one layer, and the activations that enter each site; each token's experts."""
     taps: dict[str, Any] = {}
 
     def record(name: str, activation: Any) -> Any:
-        if name in SITES:
+        if name in SITES or name == "router":
             taps[name] = activation
         return activation
 
@@ -1435,54 +1543,90 @@ def gather_layer(
     moments: statistics.Moments,
     seed: int,
     move: bool = True,
+    by_expert: bool = False,
     devices: Devices = ONE,
 ) -> list[dict[str, SiteStatistics]]:
     """Statistics of every site of layer ``index``, once under each weighting; the stream moves on to the next layer.
 
     Unless ``move`` is false: a second look at the same activations needs it where it is. A weighting has
-    ``[sequences, t]`` for every site, or is None: see :func:`torq_jax.statistics.gather`.
+    ``[sequences, t]`` for every site, or is None: see :func:`torq_jax.statistics.gather`. With ``by_expert`` second
+    moments of experts are gathered, too.
     """
     each = -(-SAMPLE_TOKENS // len(stream))
     gathered: list[dict[str, SiteStatistics]] = [{} for _ in weightings]
     shared = devices.share(parameters)
     for group in devices.groups(len(stream)):
         x = _stacked(stream, group)
-        kept_rows = np.stack([statistics.sampled(x.shape[1], each, seed + i) for i in group])
+        rows_of = {site: x.shape[1] * config.site_rows(site) for site in SITES}
+        kept_rows = {
+            site: np.stack([statistics.sampled(count, each, seed + i) for i in group])
+            for site, count in rows_of.items()
+        }
         own = [
             None
             if weights is None
             else {
-                site: np.stack([statistics.check_weights(weights[site][i], x.shape[1]) for i in group])
-                for site in SITES
+                site: np.stack([statistics.check_weights(weights[site][i], count) for i in group])
+                for site, count in rows_of.items()
             }
             for weights in weightings
         ]
-        (y, samples), sums = devices.run(_sum_up, (graph, config, moments), shared, (x, kept_rows, own))
+        (y, samples), sums = devices.run(
+            _sum_up, (graph, config, moments, by_expert), shared, (x, kept_rows, own)
+        )
         y = _finite(y, index)
         if move:
             _put_back(stream, group, y)
         for found, kept, added in zip(gathered, samples, sums, strict=True):
             for site in SITES:
-                rows, sizes = (np.concatenate(np.asarray(a)) for a in kept[site])
-                one = statistics.from_sums(added[site], rows, sizes)
+                rows, sizes, chosen = (np.concatenate(np.asarray(a)) for a in kept[site])
+                sums_of, of_experts = added[site]
+                one = statistics.from_sums(sums_of, rows, sizes)
+                if of_experts is not None:
+                    tokens, second = of_experts
+                    seen = statistics.ExpertStatistics(
+                        np.asarray(tokens, np.float64), chosen, None if second is None else np.asarray(second)
+                    )
+                    one = dataclasses.replace(one, experts=seen)
                 found[site] = statistics.add(found[site], one) if site in found else one
     return gathered
 
 
 def _sum_up(
-    graph: Any, config: DecoderConfig, moments: Any, parameters: Any, x: Any, rows: Any, weightings: Any
+    graph: Any,
+    config: DecoderConfig,
+    moments: Any,
+    by_expert: bool,
+    parameters: Any,
+    x: Any,
+    rows: Any,
+    weightings: Any,
 ) -> tuple[Any, Any]:
     """A sequence after one layer and what is kept of it under each weighting, and sums of its activations."""
     y, taps = run_tapped(graph, config, parameters, x)
+    chosen = taps.pop("router", None)
     kept, sums = [], []
     for weights in weightings:
-        found = {}
+        found: dict[str, Any] = {}
+        added: dict[str, Any] = {}
         for site, activation in taps.items():
             own = None if weights is None else weights[site][0]
-            flat = activation.reshape(-1, activation.shape[-1])
-            found[site] = statistics.sum_up(flat, jnp.asarray(rows[0]), own, moments)
-        sums.append({site: added for site, (added, _, _) in found.items()})
-        kept.append({site: (own[None], sizes[None]) for site, (_, own, sizes) in found.items()})
+            flat, kept_rows = activation.reshape(-1, activation.shape[-1]), jnp.asarray(rows[site][0])
+            site_sums, samples, sizes = statistics.sum_up(flat, kept_rows, own, moments)
+            of_experts, samples_experts = None, jnp.zeros(len(kept_rows), jnp.int32)
+            if config.has_experts(site):
+                count, each = config.num_experts, config.experts_per_token
+                of_experts = statistics.sum_up_experts(
+                    flat, chosen.reshape(-1, each), own, count, by_expert and moments == "full"
+                )
+                pairs = kept_rows * (
+                    each // config.site_rows(site)
+                )  # the heaviest one of each token in mlp_in
+                samples_experts = chosen.reshape(-1)[pairs]
+            added[site] = (site_sums, of_experts)
+            found[site] = (samples[None], sizes[None], samples_experts[None])
+        sums.append(added)
+        kept.append(found)
     return (y, kept), sums
 
 
@@ -1493,7 +1637,8 @@ def _sum_up_rounded(
     parameters, transforms = shared
     y, taps = run_tapped(graph, config, parameters, x)
     sums = {}
-    for site, activation in taps.items():
+    for site in SITES:
+        activation = taps[site]
         own = None if weights is None else jnp.asarray(weights[site][0])
         flat = activation.reshape(-1, activation.shape[-1])
         sums[site] = statistics.sum_up_rounded(flat, transforms[site], rule, own)
@@ -1536,9 +1681,26 @@ def _sqnr(signal: Any, noisy: Any) -> float | None:
     return 10 * float(np.log10(float(jnp.sum(signal**2)) / noise)) if noise > 0 else None
 
 
-def predicted_sqnr(
-    exact: Any, activations: tuple[Any, Any], weights: Sequence[tuple[Any, Any]]
-) -> float | None:
+def _by_expert(experts: np.ndarray | None, count: int) -> list[tuple[Any, int, int]]:
+    """Samples that are multiplied with the same weights: their rows, the expert, and of how many it is one."""
+    if experts is None:
+        return [(slice(None), 0, 1)]
+    return [(np.flatnonzero(experts == e), int(e), count) for e in np.unique(experts)]
+
+
+def _part(weight: Any, expert: int, count: int) -> Any:
+    """One expert's rows of a weight ``[count out, d]``."""
+    rows = len(weight) // count
+    return weight[expert * rows : (expert + 1) * rows]
+
+
+def _outputs(site: str, x: Any, weights: Mapping[str, Any], expert: int, count: int) -> Any:
+    """Outputs of all of a site's linear layers, of one expert where there are several, side by side."""
+    own = (jnp.asarray(_part(weights[name], expert, count), jnp.float32) for name in SITE_WEIGHTS[site])
+    return jnp.concatenate([dot(x, weight) for weight in own], axis=-1)
+
+
+def predicted_sqnr(exact: Any, groups: Sequence[tuple[tuple[Any, Any], Sequence[Any]]]) -> float | None:
     """Signal-to-noise ratio in dB of a site's output, from the errors of its two casts and their sizes alone.
 
     Errors ``e`` of activations ``x [tokens, d]`` whose parts in different features know nothing of each other change
@@ -1547,19 +1709,20 @@ def predicted_sqnr(
 
     Args:
       exact: the outputs ``[tokens, outs]``.
-      activations: before and after the cast, ``[tokens, d]``.
-      weights: of each linear layer, before and after, ``[out, d]``.
+      groups: of tokens that are multiplied with the same weights. Of each, the activations before and after the cast,
+        ``[tokens, d]``, and pairs of each linear layer's weight before and after, ``[out, d]``.
     """
 
     def energy(a: np.ndarray) -> np.ndarray:
         return (a**2).sum(0)  # [d]
 
-    x, rounded = (np.asarray(a, np.float64) for a in activations)
     noise = 0.0
-    for before, after in weights:
-        w, stored = np.asarray(before, np.float64), np.asarray(after, np.float64)
-        stored = np.pad(stored, ((0, 0), (0, w.shape[1] - stored.shape[1])))
-        noise += energy(rounded - x) @ energy(w) + energy(x) @ energy(stored - w)
+    for activations, weights in groups:
+        x, rounded = (np.asarray(a, np.float64) for a in activations)
+        for before, after in weights:
+            w, stored = np.asarray(before, np.float64), np.asarray(after, np.float64)
+            stored = np.pad(stored, ((0, 0), (0, w.shape[1] - stored.shape[1])))
+            noise += energy(rounded - x) @ energy(w) + energy(x) @ energy(stored - w)
     size = (np.asarray(exact, np.float64) ** 2).sum()
     return float(10 * np.log10(size / noise)) if size and noise else None
 

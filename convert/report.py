@@ -172,6 +172,24 @@ class MixedReport(TypedDict):
     sites: list[MixedSite]
 
 
+class ExpertLayer(TypedDict):
+    """What the router of a layer did with the calibration text."""
+
+    layer: int
+    tokens: list[int]  # that chose each expert
+    few: list[int]  # experts that saw fewer than ExpertsReport.few_tokens
+
+
+class ExpertsReport(TypedDict):
+    """The router's choices on the calibration text, of a mixture of experts."""
+
+    experts: int  # a layer
+    per_token: int
+    few_tokens: int
+    own_moments: bool  # whether weights are rounded under what their own expert saw
+    layers: list[ExpertLayer]
+
+
 class BlockEnergy(TypedDict):
     """Mean square of each block of a site, ``[B]``, before and after the rotation."""
 
@@ -223,6 +241,7 @@ class Report(TypedDict):
     sites: list[SiteReport]
     mixed: NotRequired[MixedReport | None]  # None where every site has the same format
     folding: NotRequired[FoldingReport | None]
+    experts: NotRequired[ExpertsReport | None]  # None of a dense model
     plots: NotRequired[PlotsReport]
     samples: NotRequired[list[SampleReport]]
     timings: NotRequired[TimingsReport]
@@ -522,6 +541,7 @@ def _title_lines(report: Mapping[str, Any]) -> list[str]:
         f"{calibration['source']}{digest}",
         *([_equivalence_line(report["equivalence"])] if report.get("equivalence") else []),
         *([_mixed_line(report["mixed"])] if report.get("mixed") else []),
+        *([_experts_line(report["experts"])] if report.get("experts") else []),
     ]
 
 
@@ -570,6 +590,61 @@ def mixed_table(report: Mapping[str, Any]) -> Table:
     )
     columns = ("layer, site", "share", "activation", "weights", "bytes")
     return Table("Sites kept at MXFP8", columns, rows, notes=(note,))
+
+
+def experts_table(report: Mapping[str, Any]) -> Table:
+    """Tokens that the router sent to the experts of each layer; empty of a dense model."""
+    found = report.get("experts") or {"layers": ()}
+    rows = []
+    for layer in found["layers"]:
+        tokens = np.asarray(layer["tokens"])
+        rows.append(
+            (
+                f"{layer['layer']}",
+                *(f"{int(value)}" for value in (tokens.min(), np.median(tokens), tokens.max())),
+                f"{int((tokens == 0).sum())}",
+                ", ".join(f"{e} ({tokens[e]})" for e in layer["few"]) or NONE,
+            )
+        )
+    if not rows:
+        return Table("Experts", (), ())
+    note = (
+        f"Calibration tokens that chose an expert, of {found['experts']} a layer and {found['per_token']} a token. "
+        f"too few: experts with fewer than {found['few_tokens']} tokens, and how many each had."
+    )
+    if found["own_moments"]:
+        note += (
+            " Their weights are rounded under the layer's second moment more than under their own tokens'."
+        )
+    return Table(
+        "Experts by layer",
+        ("layer", "fewest", "median", "most", "unused", "too few"),
+        tuple(rows),
+        notes=(note,),
+    )
+
+
+def _experts_line(found: Mapping[str, Any]) -> str:
+    tokens = np.array([layer["tokens"] for layer in found["layers"]])
+    few = sum(len(layer["few"]) for layer in found["layers"])
+    return (
+        f"Experts: {found['per_token']} of {found['experts']} a token; calibration tokens of one: {tokens.min()} to "
+        f"{tokens.max()}, median {int(np.median(tokens))}; {few} of {tokens.size} saw fewer than "
+        f"{found['few_tokens']}."
+    )
+
+
+def few_tokens(found: Mapping[str, Any] | None) -> list[str]:
+    """Warnings that name the experts which saw too little of the calibration text."""
+    lines = []
+    for layer in (found or {"layers": ()})["layers"]:
+        if layer["few"]:
+            names = ", ".join(map(str, layer["few"]))
+            lines.append(
+                f"layer {layer['layer']}: {'expert' if len(layer['few']) == 1 else 'experts'} {names} saw fewer than "
+                f"{found['few_tokens']} calibration tokens: pass more --samples"  # type: ignore[index]
+            )
+    return lines
 
 
 def _fold_title(report: Mapping[str, Any]) -> str:
@@ -693,6 +768,7 @@ TEXTS = {
     "error_by_layer": ("Error by layer", "Signal over rounding noise of each site's output, by layer"),
     "block_energy": ("Energy of the blocks", "Energy of each block of 32 before and after the rotation"),
     "codebook": ("Codebook use", "Share of values at each magnitude of MXFP4 before and after the rotation"),
+    "experts": ("Experts", "Calibration tokens that chose each expert of each layer, the most used first"),
 }
 """Heading and description of each plot, in the page's order."""
 
@@ -705,6 +781,7 @@ def draw_plots(report: Mapping[str, Any], theme: Theme = LIGHT) -> dict[str, byt
         "error_by_layer": _plot_errors(report, theme),
         "block_energy": _plot_energy(_entries(plots.get("block_energy")), theme),
         "codebook": _plot_codebook(_entries(plots.get("codebook")), theme),
+        "experts": _plot_experts(report.get("experts"), theme),
     }
     return {name: _png(figure) for name, figure in figures.items() if figure is not None}
 
@@ -893,6 +970,29 @@ def _plot_codebook(entries: Sequence[Mapping[str, Any]], theme: Theme) -> Figure
     return figure
 
 
+def _plot_experts(found: Mapping[str, Any] | None, theme: Theme) -> Figure | None:
+    """Tokens of each expert by rank: the spread over layers, and how few are too few."""
+    if not found or not found["layers"]:
+        return None
+    figure, (ax,) = _panels(1, theme, 3.2)
+    ranked = -np.sort(-np.array([layer["tokens"] for layer in found["layers"]], float), axis=1)  # [L, E]
+    rank = np.arange(1, ranked.shape[1] + 1)
+    ax.fill_between(
+        rank, ranked.min(0), ranked.max(0), color=theme.after, alpha=0.2, linewidth=0, label="all layers"
+    )
+    ax.plot(rank, np.median(ranked, 0), color=theme.after, linewidth=1.5, label="median layer")
+    ax.axhline(
+        found["few_tokens"], color=theme.ink, linewidth=0.8, linestyle=(0, (2, 3)), label="too few below"
+    )
+    ax.set_yscale("symlog", linthresh=max(found["few_tokens"], 1))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _axis_labels(ax, theme, "expert by rank in its layer", "calibration tokens")
+    _legend(figure, ax, theme, 3)
+    return figure
+
+
 # -- files ---------------------------------------------------------------------------------------------------
 
 
@@ -967,7 +1067,13 @@ def render_page(report: Mapping[str, Any], light: Mapping[str, bytes], dark: Map
         warnings=report.get("warnings") or (),
         tables=[
             t
-            for t in (main_table(report), mixed_table(report), summary_table(report), online_table(report))
+            for t in (
+                main_table(report),
+                mixed_table(report),
+                summary_table(report),
+                online_table(report),
+                experts_table(report),
+            )
             if t.rows
         ],
         layers=layer_table(report),

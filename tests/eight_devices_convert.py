@@ -130,10 +130,10 @@ def test_only_sums_are_exchanged(source, layer):
     graph, parameters, stream, weights = layer
     own = (
         np.concatenate(stream[:8]),
-        np.tile(np.arange(4), (8, 1)),
+        {site: np.tile(np.arange(4), (8, 1)) for site in SITES},
         [{site: w[:8] for site, w in weights.items()}],
     )
-    static = (graph, source.config, "full")
+    static = (graph, source.config, "full", False)
     lowered = devices._run.lower(
         EIGHT.mesh, pipeline._sum_up, static, EIGHT.share(parameters), own, np.ones(8, bool)
     )

@@ -62,5 +62,7 @@ def test_prediction_of_independent_errors():
     exact = x @ w.T
     measured = 10 * np.log10((exact**2).sum() / ((noisy_x @ noisy_w.T - exact) ** 2).sum())
     # 96 outputs with 64 errors each: a relative deviation of about sqrt(2 / 6144) of the noise, 0.08 dB.
-    assert pipeline.predicted_sqnr(exact, (x, noisy_x), [(w, noisy_w)]) == pytest.approx(measured, abs=0.3)
-    assert pipeline.predicted_sqnr(exact, (x, x), [(w, w)]) is None
+    assert pipeline.predicted_sqnr(exact, [((x, noisy_x), [(w, noisy_w)])]) == pytest.approx(
+        measured, abs=0.3
+    )
+    assert pipeline.predicted_sqnr(exact, [((x, x), [(w, w)])]) is None

@@ -253,14 +253,15 @@ def _experts(config: Mapping[str, Any], architecture: str, where: str) -> dict[s
     if architecture != "qwen3_moe":
         if found is not None:
             raise ConversionError(
-                f"{where}: field {found!r} is {_short(config[found])}: experts are supported in Qwen3MoeForCausalLM only"
+                f"{where}: field {found!r} is {_short(config[found])}: experts are supported in "
+                "Qwen3MoeForCausalLM only"
             )
         return {}
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers")
     if step != 1 or dense:
         raise ConversionError(
-            f"{where}: decoder_sparse_step {_short(step)} and mlp_only_layers {_short(dense)}: layers without experts "
-            "among layers with them are not supported: must be 1 and none"
+            f"{where}: decoder_sparse_step {_short(step)} and mlp_only_layers {_short(dense)}: layers without "
+            "experts among layers with them are not supported: must be 1 and none"
         )
     count = _integer(config, found or keys[0], where)
     each = _integer(config, "num_experts_per_tok", where, default=8)

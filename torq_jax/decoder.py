@@ -51,8 +51,8 @@ from torq_jax.sharding import Partition, constrain, put
 Tap = Callable[[str, Array], Array]
 """Called while tracing with a site's name and the activation ``[b, t, features]`` that enters it, and with
 ``"site/weight"`` and the output ``[b, t, out]`` of each of its linear layers; the layer goes on with what is
-returned. Where there are experts, with ``"router"`` and the indices of each token's ``[b, t, k]``; ``mlp_out`` and its
-activation are then ``[b, t, k, features]``, and so are the outputs of one expert of the linear layers."""
+returned. Where there are experts, with ``"router"`` and the experts of each token, ``[b, t, k]``, too; the activation
+of ``mlp_out`` is ``[b, t, k, features]`` then, and so are the outputs of the experts' linear layers."""
 
 _log = logging.getLogger(__name__)
 
@@ -357,7 +357,9 @@ class DecoderLayer(nnx.Module):
         cut = experts.tiles(chosen.reshape(-1), config.num_experts)
         gate, up = self.mlp_in.by_expert(x, cut, chosen.shape, tap)
         (y,) = self.mlp_out.by_expert(jax.nn.silu(gate) * up, cut, chosen.shape, tap)
-        mixed = jnp.einsum("...k,...kh->...h", weights, y.astype(jnp.float32), precision=precision(jnp.float32))
+        mixed = jnp.einsum(
+            "...k,...kh->...h", weights, y.astype(jnp.float32), precision=precision(jnp.float32)
+        )
         return mixed.astype(x.dtype)
 
     def _divided(self, x: Array, *names: str | None) -> Array:

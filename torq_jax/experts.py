@@ -3,10 +3,10 @@
 The experts of a layer lie one under the other, ``[E out, features]``, so that a site's rotation, its cast and its
 packed weights are those of any other site: the activation is rotated and rounded once for all of a token's experts.
 
-Every token has k experts, and so ``t`` tokens make ``m = t k`` *pairs*; pair p is of token ``p // k``. Pairs are sorted
-by expert and cut into *tiles* of one expert each, the last one of an expert not full; a tile is multiplied with its
-expert's weights, which are decoded then where they are packed. No expert is computed for tokens that did not choose
-it, shapes are static, and a step of few tokens reads the chosen experts' weights only.
+Every token has k experts, and so ``t`` tokens make ``m = t k`` *pairs*; pair p is of token ``p // k``. Pairs are
+sorted by expert and cut into *tiles* of one expert each, the last one of an expert not full; a tile is multiplied
+with its expert's weights, which are decoded then where they are packed. No expert is computed for tokens that did
+not choose it, shapes are static, and a step of few tokens reads the chosen experts' weights only.
 """
 
 from __future__ import annotations
@@ -129,9 +129,7 @@ def multiply(
     return [_in_order(y, cut.pairs, pairs) for y in found]
 
 
-def moments(
-    x: Float[Array, "rows d"], cut: Tiles, *, experts: int, pairs: int
-) -> Float32[Array, "E d d"]:
+def moments(x: Float[Array, "rows d"], cut: Tiles, *, experts: int, pairs: int) -> Float32[Array, "E d d"]:
     """``x^T x`` summed over the pairs of each expert; ``x`` as :func:`multiply` takes it."""
     each, features = pairs // x.shape[0], x.shape[1]
 
@@ -158,5 +156,3 @@ def _in_order(y: Float[Array, "n size out"], pairs: Int32[Array, "n size"], coun
     """Rows of tiles, put back into the order of the pairs."""
     flat = y.reshape(-1, y.shape[-1])
     return jnp.zeros((count, y.shape[-1]), y.dtype).at[pairs.reshape(-1)].set(flat, mode="drop")
-
-

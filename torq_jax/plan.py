@@ -121,6 +121,20 @@ def _qwen3(hidden: int, inner: int, layers: int, heads: int, tied: bool) -> dict
     }
 
 
+def _qwen3_moe(hidden: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        **_qwen3(hidden, 3 * hidden, layers, heads, False),
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": inner,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
 MODELS: Mapping[str, dict[str, Any]] = {
     "meta-llama/Meta-Llama-3-8B": _llama(4096, 14336, 32, 32, 8192),
     "meta-llama/Meta-Llama-3-70B": _llama(8192, 28672, 80, 64, 8192),
@@ -132,6 +146,8 @@ MODELS: Mapping[str, dict[str, Any]] = {
     "Qwen/Qwen3-8B": _qwen3(4096, 12288, 36, 32, False),
     "Qwen/Qwen3-14B": _qwen3(5120, 17408, 40, 40, False),
     "Qwen/Qwen3-32B": _qwen3(5120, 25600, 64, 64, False),
+    "Qwen/Qwen3-30B-A3B": _qwen3_moe(2048, 768, 48, 32),
+    "Qwen/Qwen3-235B-A22B": _qwen3_moe(4096, 1536, 94, 64),
 }
 """Hugging Face configurations of known models, as published with them."""
 
@@ -263,7 +279,7 @@ def planned_formats(config: DecoderConfig, method: str) -> list[Formats]:
         inter: tuple[int, ...] | None = None
         intra: tuple[int, ...] | None = None
         if method == "two_level":
-            size = group_size(blocks, sum(config.site_out_features(site).values()), BUDGET)
+            size = group_size(blocks, config.site_used_outputs(site), BUDGET)
             inter = (POSITIONS, blocks // size, size, size) if size > 1 else None
             intra = (blocks, POSITIONS, POSITIONS)
         elif method == "hadamard":
@@ -299,7 +315,7 @@ def tensors(
     for (path, leaf), place in zip(jax.tree_util.tree_leaves_with_path(tree), places, strict=True):
         names = [str(key.key) for key in path]
         dtype = jnp.dtype(leaf.dtype)
-        if dtype == jnp.float32 and not names[-1].endswith(("norm", "_bias")):
+        if dtype == jnp.float32 and not names[-1].endswith(("norm", "_bias", "router")):
             outer = names[-1] in sharding.OUTER_AXES
             dtype = jnp.dtype(float_dtype if outer or decoded is None else decoded)
         spec = (*place.spec, *(None,) * leaf.ndim)[: leaf.ndim]
@@ -395,6 +411,7 @@ def estimate(
     memory["KV cache"] = math.prod(rows_heads_slots) * cache.bytes_per_token(layers, 1, head_dim, kv)
     # The largest of what a piece of prompts needs at a time, roughly.
     heads, inner = config.num_heads / own.ways("heads"), config.intermediate_size / own.ways("mlp")
+    inner *= config.site_rows("mlp_out")
     scores = 2 * rows * heads * min(decoder.QUERY_CHUNK, PREFILL) * context * 4
     tokens = rows * min(PREFILL, context)
     memory["work space, about"] = max(scores, tokens * 2 * 3 * inner) + tokens * config.hidden_size * (
@@ -404,8 +421,14 @@ def estimate(
     head = found["embed" if config.tie_embeddings else "lm_head"].local_bytes
     kept = ("linear layers", "rotations", "norms, biases", "KV cache")
     read = sum(memory[k] for k in kept) + head + rows * config.hidden_size * 2
+    read -= (1 - experts_read(config, rows)) * sum(
+        tensor.local_bytes for name, tensor in found.items() if _of_experts(config, name)
+    )
     linear = config.num_layers * sum(
-        config.site_in_features(site) * outputs / math.prod(map(own.ways, sharding.WEIGHT_AXES[name]))
+        config.site_in_features(site)
+        * outputs
+        * (config.experts_per_token / config.num_experts if config.has_experts(site) else 1)
+        / math.prod(map(own.ways, sharding.WEIGHT_AXES[name]))
         for site in SITES
         for name, outputs in config.site_out_features(site).items()
     )
@@ -420,6 +443,19 @@ def estimate(
         sum(c.seconds(device) * c.times for c in made),
         sum(c.sent * c.times for c in made) / batch,
     )
+
+
+def experts_read(config: DecoderConfig, rows: int) -> float:
+    """Share of a layer's experts that ``rows`` tokens choose between them, were all experts chosen alike."""
+    if not config.num_experts:
+        return 1.0
+    return 1 - (1 - config.experts_per_token / config.num_experts) ** rows
+
+
+def _of_experts(config: DecoderConfig, name: str) -> bool:
+    """Whether a parameter is a weight of experts."""
+    *_, site, last = ("", *name.split("."))
+    return config.has_experts(site) and last not in ("inter", "intra")
 
 
 def mesh_for(config: DecoderConfig, count: int) -> str:

@@ -180,15 +180,17 @@ ROWS = 8
 _LARGEST_PART = 4096
 
 
-def output_parts(out: int) -> tuple[int, int]:
+def output_parts(out: int, experts: int = 1) -> tuple[int, int]:
     """Count and size of the parts of a weight's rows that make up for each other; the last part may be filled up.
+
+    Rows of different experts, ``out / experts`` of each, share no part.
 
     The moment of all the rows together would be larger than the weight itself, and where there are more than 4096
     (gate and up of a large model) it says little.
     """
-    count = -(-out // _LARGEST_PART)
-    size = -(-out // count)
-    return count, -(-size // ROWS) * ROWS
+    count = -(-out // (experts * _LARGEST_PART))
+    size = -(-out // (experts * count))
+    return experts * count, -(-size // ROWS) * ROWS
 
 
 def rows_together(size: int) -> int:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from torq_jax import decoder
+from torq_jax import decoder, experts
 from torq_jax.config import SITE_WEIGHTS, SITES, DecoderConfig
 from torq_jax.evaluate import log_probabilities
 from torq_jax.mxfp4 import BLOCK, padded_size
@@ -77,12 +77,14 @@ class LayerGradients(NamedTuple):
     before: Float[Array, "1 t H"]
     """The gradient with respect to the stream that enters the layer."""
     energies: dict[str, Float[Array, " t"]]
-    """Of every site, the squared norm of each token's gradient u with respect to the activation that enters it."""
+    """Of every site, the squared norm of each token's gradient u with respect to the activation that enters it. Where
+    there are experts, ``mlp_out`` has ``[t k]``, an activation for each of a token's experts."""
     gains: dict[str, Float[Array, "d d"]]
     """Of every site, ``u^T u`` summed over tokens, padded to a multiple of 32."""
     outputs: dict[str, Float[Array, "parts size size"]]
     """Of every ``"site/weight"``, the same of the gradient with respect to the weight's output, in the parts of
-    :func:`torq_jax.rounding.output_parts`; empty unless asked for."""
+    :func:`torq_jax.rounding.output_parts`; empty unless asked for. Experts have parts of their own in ``mlp_in``;
+    what they write in ``mlp_out`` is the same stream: its moment is that of all of them, in the parts of one."""
     costs: dict[str, Float[Array, " operands"]]
     """Of every site, what rounding its activation and what rounding its weights costs, summed over tokens: a format
     of relative mean squared error c raises the loss by c / 2 times that. Empty unless asked for."""
@@ -116,7 +118,7 @@ def layer_gradients(
         taps: dict[str, Array] = {}
 
         def record(name: str, value: Array) -> Array:
-            if outputs or costs or name in SITES:
+            if name in SITES or ((outputs or costs) and name != "router"):
                 taps[name] = value
             return value
 
@@ -129,13 +131,14 @@ def layer_gradients(
         entered: dict[str, Array] = {}
 
         def probe(name: str, value: Array) -> Array:
-            if name in SITES:
+            if name in SITES or name == "router":
                 entered[name] = value
             return value + probes[name] if name in probes else value
 
         return layer(x, rope, tap=probe)[0], entered
 
     _, pull, entered = jax.vjp(run, x, zeros, has_aux=True)
+    chosen = entered.pop("router", None)
     before, gradients = pull(cotangent.astype(x.dtype))
     energies, gains, by_output = {}, {}, {}
     for name, u in gradients.items():
@@ -144,12 +147,29 @@ def layer_gradients(
             flat = jnp.pad(flat, ((0, 0), (0, padded_size(flat.shape[1]) - flat.shape[1])))
             energies[name] = jnp.sum(flat * flat, axis=-1)
             gains[name] = jnp.einsum("tc,td->cd", flat, flat, precision=jax.lax.Precision.HIGHEST)
+        elif outputs and config.has_experts(name.split("/")[0]) and name.startswith("mlp_in"):
+            by_output[name] = _expert_moments(config, flat, chosen)
         elif outputs:
             count, size = output_parts(flat.shape[1])
             flat = jnp.pad(flat, ((0, 0), (0, count * size - flat.shape[1]))).reshape(-1, count, size)
             by_output[name] = jnp.einsum("tnp,tnq->npq", flat, flat, precision=jax.lax.Precision.HIGHEST)
     found = {s: _costs(s, entered[s], gradients, parameters[s]) for s in SITES} if costs else {}
     return LayerGradients(before, energies, gains, by_output, found)
+
+
+def _expert_moments(
+    config: DecoderConfig, u: Float[Array, "m out"], chosen: Any
+) -> Float[Array, "parts size size"]:
+    """``u^T u`` of each expert's pairs, in the parts of :func:`torq_jax.rounding.output_parts`."""
+    total, pairs = config.num_experts, u.shape[0]
+    parts, size = output_parts(total * u.shape[1], total)
+    each = parts // total
+    u = jnp.pad(u, ((0, 0), (0, each * size - u.shape[1])))
+    cut = experts.tiles(chosen.reshape(-1), total)
+    found = [
+        experts.moments(u[:, i * size : (i + 1) * size], cut, experts=total, pairs=pairs) for i in range(each)
+    ]
+    return jnp.stack(found, axis=1).reshape(parts, size, size)
 
 
 def _costs(

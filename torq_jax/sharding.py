@@ -325,6 +325,11 @@ def partition(
         "positions": ("positions of a block", lambda n: POSITIONS % n == 0, POSITIONS),
     }
     found, notes = {"batch": wanted["batch"]}, []
+    if config.num_experts and wanted["mlp"]:
+        notes.append(
+            f"experts are not divided over {_names(wanted['mlp'])}: each device has all {config.num_experts}"
+        )
+        wanted["mlp"] = ()
     for name, (what, divides, count) in units.items():
         kept = wanted[name]
         if name == "kv_heads" and kept != found["heads"][: len(kept)]:

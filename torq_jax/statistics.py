@@ -17,10 +17,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
+from torq_jax import experts
 from torq_jax.errors import TorqError
 from torq_jax.matmul import prepare
 from torq_jax.mxfp4 import BLOCK, ScaleRule, padded_size
 from torq_jax.rotation import TwoLevelRotation
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertStatistics:
+    """What each expert of a layer saw of a site's activations."""
+
+    tokens: Float64[np.ndarray, " E"]
+    """How many activations went to each."""
+    samples: Int[np.ndarray, " n"]
+    """For each of the site's samples, an expert that it went to."""
+    second: Float[np.ndarray, "E d d"] | None = None
+    """Weighted sum over these of ``x^T x``, with the weights of :attr:`SiteStatistics.second`; None where it was not
+    asked for."""
+
+
+jax.tree_util.register_dataclass(ExpertStatistics, ["tokens", "samples", "second"], [])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +62,12 @@ class SiteStatistics:
     """Rows of all the weights that the site feeds: what an online part's cost is measured against."""
     sizes: Float[np.ndarray, " n"] | None = None
     """Root mean square of each sampled token before it was normalised; None where it was not kept."""
+    experts: ExpertStatistics | None = None
+    """Of a site whose weights are those of experts."""
 
 
 jax.tree_util.register_dataclass(
-    SiteStatistics, ["tokens", "inter", "samples", "second", "gain", "sizes"], ["outputs"]
+    SiteStatistics, ["tokens", "inter", "samples", "second", "gain", "sizes", "experts"], ["outputs"]
 )
 
 
@@ -160,7 +179,33 @@ def add(a: SiteStatistics, b: SiteStatistics) -> SiteStatistics:
         mean(a.gain, b.gain),
         a.outputs if a.outputs == b.outputs else None,
         None if a.sizes is None or b.sizes is None else np.concatenate([a.sizes, b.sizes]),
+        None if a.experts is None or b.experts is None else _add_experts(a.experts, b.experts),
     )
+
+
+def _add_experts(a: ExpertStatistics, b: ExpertStatistics) -> ExpertStatistics:
+    second = None if a.second is None or b.second is None else a.second + b.second
+    return ExpertStatistics(a.tokens + b.tokens, np.concatenate([a.samples, b.samples]), second)
+
+
+def expert_second(gathered: SiteStatistics, expert: int, prior: float) -> Float[np.ndarray, "d d"]:
+    """Second moment of what one expert saw, filled up with the site's where that is little.
+
+    ``(n S_own + prior S_site) / (n + prior)`` of ``n`` activations: without any it is the site's, and it is never
+    singular where the site's is not.
+
+    Args:
+      gathered: with both second moments.
+      expert: its index.
+      prior: how many activations the site's moment counts for.
+
+    Raises:
+      TorqError: statistics without them.
+    """
+    own = gathered.experts
+    if own is None or own.second is None or gathered.second is None:
+        raise TorqError('the experts\' second moments were not gathered: gather with moments="full"')
+    return (own.second[expert] + np.float32(prior) * gathered.second) / np.float32(own.tokens[expert] + prior)
 
 
 def gather_rounded(
@@ -217,6 +262,33 @@ def sum_up_rounded(
     weighed = rounded * weights[:, None]
     moments = (jnp.einsum("tc,td->cd", a, weighed, precision=high) for a in (exact, rounded))
     return jnp.sum(weights), *moments, weights @ exact, weights @ rounded
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def sum_up_experts(
+    x: Float[Array, "rows features"],
+    chosen: Int[Array, "tokens k"],
+    weights: Float[Array, " rows"] | None,
+    count: int,
+    moments: bool,
+) -> tuple[Float[Array, " E"], Float[Array, "E d d"] | None]:
+    """Sums over tokens that :class:`ExpertStatistics` has, ``tokens`` and ``second``.
+
+    Args:
+      x: an activation for each token, or for each of its experts.
+      chosen: experts of each token.
+      weights: of each activation, as :func:`gather` takes them.
+      count: of experts.
+      moments: whether the second moments are wanted.
+    """
+    pairs = chosen.reshape(-1)
+    tokens = jnp.bincount(pairs, length=count).astype(jnp.float32)
+    if not moments:
+        return tokens, None
+    raw = jnp.pad(x, ((0, 0), (0, padded_size(x.shape[1]) - x.shape[1]))).astype(jnp.float32)
+    weighed = normalise_tokens(raw) if weights is None else raw * jnp.sqrt(weights)[:, None]
+    cut = experts.tiles(pairs, count)
+    return tokens, experts.moments(weighed, cut, experts=count, pairs=pairs.shape[0])
 
 
 def output_gain(weights: Float[np.ndarray, "outputs features"]) -> Float[np.ndarray, "d d"]:
