@@ -54,8 +54,8 @@ class Call:
     inter: tuple[int, ...] | None = None
     intra: tuple[int, ...] | None = None
     rule: str | None = "even"
-    tiles: tuple[int, int, int] | None = None
-    """rows, columns, rotated; None for what the kernels would choose."""
+    tiles: tuple[int, ...] | None = None
+    """As :func:`pallas_kernels.tiles.make` takes them; None for what the kernels would choose."""
 
 
 def simulate(

@@ -15,7 +15,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from pallas_kernels.layout import BLOCK, LANES, Kind, padded
-from pallas_kernels.tpu import RESIDENT_ROWS, Tiles, TPURotation
+from pallas_kernels.tpu import (
+    RESIDENT_ROWS,
+    ROUNDED_ROWS,
+    Tiles,
+    TPURotation,
+    tiled_features,
+    units_together,
+)
 
 MIB = 2**20
 
@@ -58,7 +65,8 @@ class Entry(NamedTuple):
     k: int
     n: int
     rows: int
-    tiles: tuple[int, int, int]
+    tiles: tuple[int, ...]
+    """As :func:`make` takes them."""
 
 
 def tpu_tiles(entry: Entry) -> Tiles:
@@ -66,9 +74,9 @@ def tpu_tiles(entry: Entry) -> Tiles:
     return make(entry.generation, *entry.tiles)
 
 
-def make(device: str, rows: int, columns: int, rotated: int) -> Tiles:
+def make(device: str, rows: int, columns: int, rotated: int, features: int = 0) -> Tiles:
     """Tiles with what else depends on the generation."""
-    return Tiles(rows, columns, rotated, GENERATIONS[device].halves)
+    return Tiles(rows, columns, rotated, GENERATIONS[device].halves, features=features)
 
 
 def limit(device: str, tiles: Tiles) -> int:
@@ -112,8 +120,30 @@ def vmem_bytes(tiles: Tiles, rows: int, k: int, n: int, *, rotation: Any = None,
             scratch += k * LANES * width + math.prod(matrix.shape) * 4
     if few:
         return tiles.held * weight + row_tile * (k + n) * width + n * 4 + matrices + scratch + values
+    if tiles.features:
+        depth = tiled_features(tiles, k)
+        blocks = row_tile * (depth + columns) * width + depth * columns * 17 // 32 + columns * 4
+        product = 2 * blocks + depth * columns * 9 // 8 + 2 * row_tile * columns * 4
+        return max(product, _rounded_rows_bytes(tiles, row_tile, k, rotation, width))
     blocks = row_tile * (k + columns) * width + weight + columns * 4 + matrices
     return 2 * blocks + scratch + k * columns + values
+
+
+def _rounded_rows_bytes(tiles: Tiles, rows: int, k: int, rotation: Any, width: int) -> int:
+    """The same of the call that rotates and rounds rows of so many features as it takes at once."""
+    inter, intra = rotation or (None, None)
+    t = 0 if inter is None else (k // LANES // inter.shape[0]).bit_length() - 1
+    features = units_together(k // LANES, t) * LANES
+    rows = min(rows, ROUNDED_ROWS)
+    matrices = scratch = 0
+    if inter is not None:
+        matrices += math.prod(inter.shape) * features // k * width
+        scratch += features * LANES * width + math.prod(inter.shape) * features // k * 4
+    if intra is not None:
+        matrices += math.prod(intra.shape) * width
+        scratch += features * LANES * width
+    values = 3 * min(tiles.rotated, rows) * features * 4
+    return 2 * (rows * features * (width + 4) + matrices) + scratch + values
 
 
 def held_tiles(device: str, tiles: Tiles, rows: int, k: int, n: int, **given: Any) -> Tiles:
@@ -159,12 +189,16 @@ def candidates(device: str, rows: int, n: int) -> list[Tiles]:
         widths = (512, 1024, 256, 128)
         return [make(device, RESIDENT_ROWS, w, 32) for w in widths if w <= padded(n) or w == 128]
     # Many rows rotated at once count most, then wide tiles; tall ones save decoding the weight again.
+    return [make(device, r, w, t) for t in (256, 128) for w in (512, 256) for r in (1024, 512, 256)] + apart(
+        device
+    )
+
+
+def apart(device: str) -> list[Tiles]:
+    """Tiles of calls of many rows that rotate and round apart; the last ones fit wherever anything does."""
     return [
-        make(device, r, w, t)
-        for t in (256, 128, 64, 32)
-        for w in (512, 256, 128)
-        for r in (1024, 512, 256, 128)
-        if t <= r
+        make(device, r, w, 128, k)
+        for r, w, k in ((1024, 512, 2048), (1024, 512, 1024), (512, 512, 1024), (256, 256, 512))
     ]
 
 

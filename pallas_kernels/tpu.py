@@ -7,9 +7,12 @@ values. Products are exact, sums are float32.
 
 The rotation works on whole vectors of 128 features, four blocks each. The stage inside the blocks is a product
 with tiles of 128 x 128 that hold four blocks' matrices on their diagonal. The stage between blocks first
-exchanges ``t`` bits of a feature's position inside its block with ``t`` bits of its vector's number, by lane
-rotations, so that one vector holds all ``4 * 2**t`` blocks of a group at ``32 / 2**t`` positions; then it, too,
-is one tile a vector.
+exchanges ``t`` bits of a feature's position inside its block with ``t`` bits of its vector's number, so that one
+vector holds all ``4 * 2**t`` blocks of a group at ``32 / 2**t`` positions; then it, too, is one tile a vector.
+
+Exchanging bits h of a lane with bits v of a vector's number takes no lane rotations but for the first vectors: where
+the lanes of vector v stand at ``h ^ v``, the exchange is a choice between vectors, lane by lane, and its result
+stands at ``h ^ v`` again. Tiles that have their rows and columns in that order take and leave the vectors so.
 
 Arithmetic of bfloat16 activations: the products of each stage are summed in float32, the first stage's result
 is rounded to bfloat16, the second's is quantised as it is. float32 activations stay float32 throughout.
@@ -36,6 +39,9 @@ RESIDENT_ROWS = 128
 """Up to this many rows the weight streams through VMEM and is multiplied as it is decoded. With more, tiles of rows
 and of the weight form a grid, and a tile of the weight is decoded into VMEM before it is multiplied."""
 
+ROUNDED_ROWS = 256
+"""Rows of a tile where rotation and rounding are a call of their own."""
+
 _CHUNK = 512  # rows of K decoded at once
 _PAIRED_ROWS = 32  # up to these, two vectors are multiplied at once
 _TOGETHER = 32  # vectors of 128 features rounded at once, of many rows; one of them for each lane of a block
@@ -44,10 +50,10 @@ _TOGETHER = 32  # vectors of 128 features rounded at once, of many rows; one of 
 class TPURotation(NamedTuple):
     """A two-level rotation as the kernels read it: float32, or int32 words of two bfloat16 rows, the first one low.
 
-    inter: None or ``[U, J, R, 128]`` (words: half the rows): for each of ``U`` groups of ``128 * 2**t`` features the
-    tiles' rows that differ, ``R = max(16, 4 * 2**t)``; ``J`` is 1 where all positions have the same matrix, else
-    ``2**t``.
-    intra: None, ``[32, 128]`` for one matrix, or ``[32, K]``: ``intra[k, 32 b + k']`` of block b (words: 16 rows).
+    inter: None or ``[U, 2**t, R, 128]`` (words: half the rows): for each of ``U`` groups of ``128 * 2**t`` features
+    the tiles' rows that differ, ``R = max(16, 4 * 2**t)``, rows and lanes of tile v at ``h ^ v``.
+    intra: None, ``[32, 128]`` for one matrix, or ``[32, K]``: ``intra[k, 32 b + k']`` of block b (words: 16 rows),
+    rows of vector v at ``h ^ v`` where a stage between blocks comes before.
     """
 
     inter: Array | None
@@ -60,6 +66,8 @@ class Tiles(NamedTuple):
     halves: whether bfloat16 vectors are compared as such, two rows to a lane (v6e and later have the instructions).
     held: tiles of the weight in VMEM at once, where all rows are in one tile of :data:`RESIDENT_ROWS` at most.
     apart: whether the activations have to be in HBM before such a call.
+    features: of a tile of the weight, where there are more rows: rotation and rounding are a call of their own then,
+        and no memory that is needed grows with K. 0 for all features and one call.
     """
 
     rows: int
@@ -68,6 +76,7 @@ class Tiles(NamedTuple):
     halves: bool = True
     held: int = 2
     apart: bool = False
+    features: int = 0
 
 
 # ---------------------------------------------------------------- preparation
@@ -97,20 +106,24 @@ def prepare_rotation(inter: Any, intra: Any, features: int, dtype: Any = jnp.bfl
       ValueError: groups of blocks that are no power of two, or larger than 128.
     """
     vectors = padded(features) // LANES
-    made = None
+    made, t = None, 0
     if inter is not None:
-        t = exchanged_bits(inter, features)
-        if t is None:
+        found = exchanged_bits(inter, features)
+        if found is None:
             raise ValueError(
                 f"the TPU kernels mix groups of 1, 2, 4, ... or 128 blocks, this rotation mixes {inter.shape[-1]} of "
                 f"{features // BLOCK}: rotate between blocks before the call, or solve with group=a power of two"
             )
+        t = found
         made = _stored(_inter_rows(inter, features // BLOCK, vectors, t), dtype)
     if intra is not None:
+        if intra.ndim == 2 and t:
+            intra = jnp.broadcast_to(intra, (features // BLOCK, BLOCK, BLOCK))
         if intra.ndim == 2:
             intra = jnp.tile(intra, (1, LANES // BLOCK))
         else:
             intra = jnp.pad(intra, ((0, vectors * 4 - intra.shape[0]), (0, 0), (0, 0)))
+            intra = _at_own_places(intra.reshape(vectors, LANES // BLOCK, BLOCK, BLOCK), t)
             intra = intra.transpose(1, 0, 2).reshape(BLOCK, vectors * LANES)
         intra = _stored(intra, dtype)
     return TPURotation(made, intra)
@@ -138,8 +151,7 @@ def _unpacked(words: Any) -> Any:
 
 def _inter_rows(inter: Any, blocks: int, vectors: int, t: int) -> Any:
     size = inter.shape[-1]
-    shared = not by_position(inter.shape, blocks)
-    positions = 1 if shared else BLOCK
+    positions = BLOCK if by_position(inter.shape, blocks) else 1
     groups = inter.reshape(positions, blocks // size, size, size)
     width = 4 << t  # blocks in a vector after the exchange
     units, each = vectors >> t, width // size
@@ -151,12 +163,21 @@ def _inter_rows(inter: Any, blocks: int, vectors: int, t: int) -> Any:
     ).reshape(positions, units, width, width)
     # Block 4 v + c of the unit stands at c, v; position k at the low bits of k of the vector that its high bits name.
     full = full.reshape(positions, units, 1 << t, 4, 1 << t, 4).transpose(0, 1, 3, 2, 5, 4)  # k u c v c' v'
-    if shared:
-        full = jnp.broadcast_to(full, (BLOCK, *full.shape[1:]))
-    full = full.reshape(1 << t, BLOCK >> t, units, width, width)  # j k u (c v) (c' v')
+    full = jnp.broadcast_to(full, (BLOCK, *full.shape[1:]))
+    full = full.reshape(1 << t, BLOCK >> t, units, 4, 1 << t, 4, 1 << t)  # j k u c v c' v'
+    number = jnp.arange(1 << t)
+    order = number[:, None] ^ number  # [j, v]
+    pick = jax.vmap(lambda tile, own: tile[..., own, :, :][..., own])
+    full = pick(full, order).reshape(1 << t, BLOCK >> t, units, width, width)
     rows = full.transpose(2, 0, 3, 4, 1).reshape(units, 1 << t, width, LANES)  # lanes c' v' k
-    rows = rows[:, :1] if shared else rows
     return jnp.pad(rows, ((0, 0), (0, 0), (0, max(16, width) - width), (0, 0)))
+
+
+def _at_own_places(intra: Any, t: int) -> Any:
+    """``[vectors, 4, 32, 32]`` with rows of vector v at ``h ^ v``, as ``[blocks, 32, 32]``."""
+    vector, row = jnp.arange(intra.shape[0])[:, None], jnp.arange(BLOCK)
+    order = row ^ ((vector & ((1 << t) - 1)) << (5 - t))  # [vectors, 32]
+    return jnp.take_along_axis(intra, order[:, None, :, None], axis=2).reshape(-1, BLOCK, BLOCK)
 
 
 # ---------------------------------------------------------------- activations
@@ -229,23 +250,46 @@ def _expand_intra(four: Any) -> Any:
 
 
 def _exchange(parts: list[Any], t: int) -> list[Any]:
-    """Exchange the high ``t`` bits of a lane's position with the low ones of its place in the list; self-inverse."""
+    """Exchange bits h of a lane with the low ``t`` bits v of its place in the list; self-inverse.
+
+    h are the highest of a position's five bits. Lanes of vector v stand at ``h ^ v``, before and after.
+    """
     if not t:
         return parts
     dtype = parts[0].dtype
-    if dtype == jnp.bfloat16:  # lanes rotate in 32 bits: pairs of rows
+    if dtype == jnp.bfloat16:  # pairs of rows at once
         parts = [pltpu.bitcast(p, jnp.int32) for p in parts]
     lane = _iota(1, parts[0].shape)
     for i in range(t):
-        step = 1 << (5 - t + i)
-        low = lane & step == 0
+        low = lane & (1 << (5 - t + i)) == 0
         for v in range(len(parts)):
             if not v >> i & 1:
                 w = v | 1 << i
                 a, b = parts[v], parts[w]
-                parts[v] = jnp.where(low, a, pltpu.roll(b, step, 1))
-                parts[w] = jnp.where(low, pltpu.roll(a, LANES - step, 1), b)
+                parts[v], parts[w] = jnp.where(low, a, b), jnp.where(low, b, a)
     return [pltpu.bitcast(p, dtype) for p in parts] if dtype == jnp.bfloat16 else parts
+
+
+def _turned(part: Any, vector: int, t: int) -> Any:
+    """A vector's lanes from h to ``h ^ vector``, or back, by lane rotations."""
+    bits = [5 - t + i for i in range(t) if vector >> i & 1]
+    if not bits:
+        return part
+    dtype = part.dtype
+    if dtype == jnp.bfloat16:  # lanes rotate in 32 bits
+        part = pltpu.bitcast(part, jnp.int32)
+    lane = _iota(1, part.shape)
+    for bit in bits:
+        step = 1 << bit
+        up, down = pltpu.roll(part, step, 1), pltpu.roll(part, LANES - step, 1)
+        part = jnp.where(lane & step == 0, down, up)
+    return pltpu.bitcast(part, dtype) if dtype == jnp.bfloat16 else part
+
+
+def _turning_tile(vector: int, t: int, dtype: Any) -> Any:
+    """The tile ``[128, 128]`` whose product is :func:`_turned`, as :func:`_packed` has it."""
+    one = _iota(0) == (_iota(1) ^ (vector << (5 - t)))
+    return _packed(jnp.where(one, 1.0, 0.0).astype(jnp.float32 if dtype == jnp.float32 else jnp.bfloat16))
 
 
 def _block_scale(z: Any, rule: str) -> tuple[Any, Any]:
@@ -339,7 +383,6 @@ class _Stages(NamedTuple):
     """What the activations' side of a kernel does; static."""
 
     inter: int | None
-    shared: bool
     intra: Literal["one", "each"] | None
     rule: str | None
     halves: bool
@@ -365,13 +408,15 @@ def _scales(parts: list[Any], stages: _Stages) -> list[Any]:
 class _Rotation(NamedTuple):
     """The rotation's tiles ``[128, 128]``: made once into scratch, or as they are asked for where they are used once.
 
-    rows: the stage between blocks as :func:`_double_rows` writes it. tiles, own: both stages' tiles, or None.
+    rows: the stage between blocks as :func:`_double_rows` writes it. turning: tiles of :func:`_turning_tile`. tiles,
+    own: both stages' tiles. None where they are not in scratch.
     """
 
     stages: _Stages
     inter: Any
     intra: Any
     rows: Any
+    turning: Any
     tiles: Any
     own: Any
 
@@ -381,6 +426,9 @@ class _Rotation(NamedTuple):
             for index in range(self.inter.shape[0] * self.inter.shape[1]):
                 words = self.inter[divmod(index, self.inter.shape[1])]
                 _double_rows(words, self.rows, index * self._count)
+        if self.turning is not None:
+            for index in range(self.turning.shape[0]):
+                self.turning[index] = _turning_tile(index + 1, self.stages.inter or 0, self.turning.dtype)
         if self.tiles is not None:
             for index in range(self.tiles.shape[0]):
                 self.tiles[index] = self._inter_tile(index)
@@ -402,8 +450,19 @@ class _Rotation(NamedTuple):
 
     def between(self, vector: int) -> Any:
         """The tile that mixes a vector's blocks, after the exchange."""
-        index = vector >> (self.stages.inter or 0) if self.stages.shared else vector
-        return _unpacked(self._inter_tile(index) if self.tiles is None else self.tiles[index])
+        return _unpacked(self._inter_tile(vector) if self.tiles is None else self.tiles[vector])
+
+    def turned(self, parts: list[Any], vectors: range) -> list[Any]:
+        """Vectors with their lanes as :func:`_exchange` takes them."""
+        t = self.stages.inter or 0
+        numbers = [v & ((1 << t) - 1) for v in vectors]
+        if self.turning is None:
+            return [_turned(p, n, t) for p, n in zip(parts, numbers, strict=True)]
+        # A product with zeros and ones is exact.
+        return [
+            _dot(p, _unpacked(self.turning[n - 1])).astype(p.dtype) if n else p
+            for p, n in zip(parts, numbers, strict=True)
+        ]
 
     def inside(self, vector: int) -> Any:
         """The tile that mixes positions inside a vector's blocks."""
@@ -413,13 +472,14 @@ class _Rotation(NamedTuple):
 
 def _take_rotation(stages: _Stages, inter: Any, intra: Any, given: Iterator[Any], once: bool) -> _Rotation:
     """The references of :func:`_rotation_scratch`, in its order."""
-    rows = tiles = own = None
+    rows = turning = tiles = own = None
     if stages.inter is not None:
         rows = next(given) if stages.inter < 5 else None
+        turning = next(given) if stages.inter and not once else None
         tiles = None if once else next(given)
     if stages.intra is not None:
         own = None if once else next(given)
-    return _Rotation(stages, inter, intra, rows, tiles, own)
+    return _Rotation(stages, inter, intra, rows, turning, tiles, own)
 
 
 def _rotated(x_ref: Any, rows: Any, units: range, rotation: _Rotation) -> list[Any]:
@@ -433,11 +493,13 @@ def _rotated(x_ref: Any, rows: Any, units: range, rotation: _Rotation) -> list[A
     parts = [x_ref[rows, v * LANES : (v + 1) * LANES] for v in vectors]
     dtype = parts[0].dtype
     if stages.inter is not None:
-        parts = _exchange(parts, t)
+        parts = _exchange(rotation.turned(parts, vectors), t)
         parts = _each_dot(parts, [rotation.between(v) for v in vectors])
         if stages.intra is not None:
             parts = [p.astype(dtype) for p in parts]
         parts = _exchange(parts, t)
+        if stages.intra is None:  # what follows takes the lanes as they were
+            parts = [_turned(p, v & ((1 << t) - 1), t) for p, v in zip(parts, vectors, strict=True)]
     if stages.intra is not None:
         parts = _each_dot(parts, [rotation.inside(v) for v in vectors])
     return parts
@@ -624,6 +686,55 @@ def _many_rows_kernel(*refs: Any, stages: _Stages, kind: str, step: int, out_dty
     out_ref[...] = (total * f_ref[...]).astype(out_dtype)
 
 
+def _rounded_rows_kernel(*refs: Any, stages: _Stages, step: int) -> None:
+    """A tile of rows of some units' features; the units' rotation is made ready with the first one."""
+    given = iter(refs[1:])
+    x_ref = next(given)
+    inter_ref = next(given) if stages.inter is not None else None
+    intra_ref = next(given) if stages.intra is not None else None
+    out_ref = next(given)
+    rotation = _take_rotation(stages, inter_ref, intra_ref, given, False)
+    pl.when(pl.program_id(1) == 0)(rotation.prepare)
+    _prologue(x_ref, out_ref, rotation, x_ref.shape[0], step)
+
+
+def _tiled_kernel(
+    _: Any,
+    x_ref: Any,
+    w_ref: Any,
+    e_ref: Any,
+    f_ref: Any,
+    out_ref: Any,
+    scale_ref: Any,
+    weight_ref: Any,
+    total_ref: Any,
+    *,
+    kind: str,
+    out_dtype: Any,
+) -> None:
+    """One tile of rows that are ready, one of outputs and one of features."""
+    size = weight_ref.shape[0]
+    scale_ref[...] = _spread_exponents(e_ref[...])
+    for first in range(0, size, _CHUNK):
+        rows = slice(first, min(first + _CHUNK, size))
+        weight_ref[rows, :] = _decode_rows(w_ref, scale_ref, rows.start, rows.stop - rows.start, kind)
+    product = _multiply(_unpacked(x_ref[...]), weight_ref[...])
+    index, last = pl.program_id(2), pl.num_programs(2) - 1
+
+    @pl.when((index == 0) & (index < last))
+    def _() -> None:
+        total_ref[...] = product
+
+    @pl.when((index > 0) & (index < last))
+    def _() -> None:
+        total_ref[...] += product
+
+    @pl.when(index == last)
+    def _() -> None:
+        whole = jnp.where(index > 0, total_ref[...] + product, product)
+        out_ref[...] = (whole * f_ref[...]).astype(out_dtype)
+
+
 def _multiply(x: Any, weight: Any) -> Any:
     # The matrix unit takes float8_e5m2 beside bfloat16 as it is.
     return _dot(x, weight.astype(x.dtype) if x.dtype == jnp.float32 else weight)
@@ -719,6 +830,39 @@ def rotate_quantize_matmul(
             name=name,
         )(layer, x, *operands)
         return y[:rows]
+    if tiles.features:
+        if stages.any:
+            x = _rounded_rows(x, matrices, layer, stages, step, interpret, vmem_limit, f"{name}_rows")
+        depth = tiled_features(tiles, full)
+        words = row_tile // 2 if x.dtype == jnp.int32 else row_tile
+        y = pl.pallas_call(
+            functools.partial(_tiled_kernel, kind=kind, out_dtype=shape.dtype),
+            out_shape=shape,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=1,
+                grid=(shape.shape[0] // row_tile, pl.cdiv(columns, column_tile), full // depth),
+                in_specs=[
+                    pl.BlockSpec((words, depth), lambda m, n, k, layer: (m, k)),
+                    *(
+                        pl.BlockSpec((None, size, column_tile), lambda m, n, k, layer: (layer[0], k, n))
+                        for size in (depth // 8, depth // BLOCK)
+                    ),
+                    pl.BlockSpec((None, 1, column_tile), lambda m, n, k, layer: (layer[0], 0, n)),
+                ],
+                out_specs=pl.BlockSpec((row_tile, column_tile), lambda m, n, k, layer: (m, n)),
+                scratch_shapes=[
+                    pltpu.VMEM((depth // BLOCK, column_tile), jnp.int32),
+                    pltpu.VMEM((depth, column_tile), jnp.float8_e5m2),
+                    pltpu.VMEM((row_tile, column_tile), jnp.float32),
+                ],
+            ),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_limit
+            ),
+            interpret=interpret,
+            name=name,
+        )(layer, x, *operands[:3])
+        return y[:rows]
     whole = [_whole(a.shape[1:], lambda m, n, layer: layer[0]) for a in matrices]
     y = pl.pallas_call(
         functools.partial(_many_rows_kernel, **common),
@@ -744,6 +888,70 @@ def rotate_quantize_matmul(
         name=name,
     )(layer, x, *operands)
     return y[:rows]
+
+
+def tiled_features(tiles: Tiles, full: int) -> int:
+    """Features of a tile of the weight: what was asked for, or the largest part of K below it that is whole."""
+    parts = full // LANES
+    return LANES * max(n for n in range(1, max(1, tiles.features // LANES) + 1) if parts % n == 0)
+
+
+def units_together(vectors: int, t: int) -> int:
+    """Vectors that are rotated together in a call of their own: whole units, at most 32 if a unit is no larger."""
+    units = vectors >> t
+    return max(n for n in range(1, max(1, _TOGETHER >> t) + 1) if units % n == 0) << t
+
+
+def _rounded_rows(
+    x: Any, matrices: list[Any], layer: Any, stages: _Stages, step: int, interpret: Any, limit: Any, name: str
+) -> Any:
+    """Rows rotated and rounded, ``[M, K]``: float32, or bfloat16 as :func:`_packed` has it, ``[M / 2, K]`` int32.
+
+    Args:
+      x: ``[M, K]``, of whole tiles and whole vectors.
+      matrices: those of the rotation that exist, each with a leading axis of layers.
+      layer, stages, step: as the kernels take them.
+    """
+    count, size = x.shape
+    t = stages.inter or 0
+    vectors = units_together(size // LANES, t)
+    rows = next(r for r in (ROUNDED_ROWS, step) if count % r == 0 and r % step == 0)
+    given = iter(matrices)
+    specs: list[Any] = []
+    one: list[Any] = [None, None]
+    if stages.inter is not None:
+        inter = next(given)
+        own = (vectors >> t, *inter.shape[2:])
+        specs.append(pl.BlockSpec((None, *own), lambda u, m, layer: (layer[0], u, 0, 0, 0)))
+        one[0] = jax.ShapeDtypeStruct(own, inter.dtype)
+    if stages.intra is not None:
+        intra = next(given)
+        if stages.intra == "one":
+            own = intra.shape[1:]
+            specs.append(pl.BlockSpec((None, *own), lambda u, m, layer: (layer[0], 0, 0)))
+        else:
+            own = (intra.shape[1], vectors * LANES)
+            specs.append(pl.BlockSpec((None, *own), lambda u, m, layer: (layer[0], 0, u)))
+        one[1] = jax.ShapeDtypeStruct(own, intra.dtype)
+    scratch = _rotation_scratch(TPURotation(*one), stages, vectors * LANES, False)
+    wide = x.dtype == jnp.float32 and stages.rule is None
+    fewer, dtype = (1, jnp.float32) if wide else (2, jnp.int32)
+    return pl.pallas_call(
+        functools.partial(_rounded_rows_kernel, stages=stages, step=step),
+        out_shape=jax.ShapeDtypeStruct((count // fewer, size), dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(size // LANES // vectors, count // rows),
+            in_specs=[pl.BlockSpec((rows, vectors * LANES), lambda u, m, layer: (m, u)), *specs],
+            out_specs=pl.BlockSpec((rows // fewer, vectors * LANES), lambda u, m, layer: (m, u)),
+            scratch_shapes=scratch,
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=limit
+        ),
+        interpret=interpret,
+        name=name,
+    )(layer, x, *matrices)
 
 
 def _whole(shape: tuple[int, ...], layer: Any = None) -> pl.BlockSpec:
@@ -773,19 +981,18 @@ def _check(x: Any, full: int, rotation: TPURotation, rule: str | None, halves: b
         if matrix is not None and (matrix.dtype == jnp.float32) != (x.dtype == jnp.float32):
             prepared = "float32" if matrix.dtype == jnp.float32 else "bfloat16"
             raise ValueError(f"activations are {x.dtype}, the rotation was prepared for {prepared}")
-    t, shared = None, False
+    t = None
     if rotation.inter is not None:
         units = rotation.inter.shape[0]
         if full % (LANES * units):
             raise ValueError(f"activations have {size} features, the rotation {units} groups of them")
         t = (full // LANES // units).bit_length() - 1
-        shared = rotation.inter.shape[1] == 1
     own: Literal["one", "each"] | None = None
     if rotation.intra is not None:
         own = "one" if rotation.intra.shape[1] == LANES and full > LANES else "each"
         if own == "each" and rotation.intra.shape[1] != full:
             raise ValueError(f"activations have {full} features, the rotation {rotation.intra.shape[1]}")
-    return _Stages(t, shared, own, rule, halves)
+    return _Stages(t, own, rule, halves)
 
 
 def _words(*shape: int) -> Any:
@@ -801,6 +1008,8 @@ def _rotation_scratch(rotation: TPURotation, stages: _Stages, full: int, once: b
         rows *= 1 if rotation.inter.dtype == jnp.float32 else 2
         if stages.inter != 5:
             made.append(pltpu.VMEM((units * each * rows, LANES), rotation.inter.dtype))
+        if stages.inter and not once:
+            made.append(_tiles_scratch((1 << stages.inter) - 1, rotation.inter))
         if not once:
             made.append(_tiles_scratch(units * each, rotation.inter))
     if rotation.intra is not None and not once:
