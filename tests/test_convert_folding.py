@@ -22,6 +22,8 @@ from torq_jax.solvers.hadamard import hadamard_matrix
 SMALL = ["--calibration", "random", "--samples", "4", "--sequence-length", "16", "--compare", ""]
 FLOAT = ["--weights", "bf16", "--activations", "bf16"]
 
+DENSE = [name for name in NAMES if name != "qwen3-moe"]
+
 
 def convert(name, out, *options):
     return main(["--hf", str(GOLDENS / name), "--out", str(out), *SMALL, "--rounding", "nearest", *options])
@@ -44,7 +46,7 @@ def layer_statistics(config, parameters, index):
     return {s: dataclasses.replace(f, gain=pipeline.output_gain(parameters[s], s)) for s, f in found.items()}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DENSE)
 def test_a_rotated_source_is_the_same_model(name):
     source = sources.open_source(str(GOLDENS / name))
     rotated, golden = folding.residual_rotated(source), np.load(GOLDENS / name / "golden.npz")
@@ -82,7 +84,7 @@ def test_loud_channels_share_blocks(tmp_path):
 
 
 @pytest.mark.parametrize("scales", [(), ("mlp_out",), ("attn_in", "mlp_in", "mlp_out")])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DENSE)
 def test_folded_layers_are_the_same_model(name, scales):
     source = sources.open_source(str(GOLDENS / name))
     golden = np.load(GOLDENS / name / "golden.npz")

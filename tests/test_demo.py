@@ -22,9 +22,11 @@ FEW = [
     "--window",
     "256",
     "--windows",
-    "6",
+    "4",
+    "--rounding",
+    "nearest",
     "--option",
-    "steps=8",
+    "steps=2",
 ]
 
 
@@ -43,15 +45,14 @@ def test_the_demo_converts_and_writes(tmp_path, capsys):
     assert len(report["sites"]) == 4 * 30
     # Quantising costs perplexity and float weights cost less than MXFP4 ones; by how much is the benchmarks' matter.
     float_, a4, w4a4 = (
-        rows[label]["perplexity"]
-        for label in ("float", "two_level A4-only", "two_level + two-sided GPTQ W4A4")
+        rows[label]["perplexity"] for label in ("float", "two_level A4-only", "two_level W4A4")
     )
     assert float_ < a4 < w4a4 < rows["plain rounding W4A4"]["perplexity"]
     for site in report["sites"]:
         assert site["fold_error"] < 1e-5
 
     model, tokenizer, _ = torq_jax.load(out)
-    value, _ = evaluate.perplexity(model, tokenizer, data.path(data.EVALUATION), window=256, windows=6)
+    value, _ = evaluate.perplexity(model, tokenizer, data.path(data.EVALUATION), window=256, windows=4)
     # Layer by layer and in one scan: sums in another order, and roundings that fall the other way because of it.
     assert value == pytest.approx(w4a4, rel=0.03)
     # Which text so damaged a model makes differs between machines; it has all its tokens and streams as they decode.

@@ -36,7 +36,7 @@ CASES = [
     (3, 576, 200, (32, 9, 2, 2), (18, 32, 32), "ceil", BF16),
     (3, 288, 64, (32, 9, 9), None, "even", BF16),
     (17, 512, 256, (32, 1, 16, 16), (16, 32, 32), "even", F32),
-    pytest.param(*(40, 1024, 128, (32, 1, 32, 32), (32, 32, 32), "even", BF16), marks=pytest.mark.slow),
+    pytest.param(*(40, 1024, 128, (32, 1, 32, 32), (32, 32, 32), "even", BF16), marks=pytest.mark.extended),
     (70, 192, 64, (2, 3, 3), (32, 32), None, BF16),
     (5, 256, 128, (32, 8, 1, 1), None, None, F32),
     (5, 96, 16, None, None, None, BF16),
@@ -190,7 +190,7 @@ def test_errors_name_what_is_wrong():
         call(jnp.zeros((0, 256), BF16))
 
 
-@pytest.mark.parametrize("features, group", [pytest.param(192, 3, marks=pytest.mark.slow), (256, 4)])
+@pytest.mark.parametrize("features, group", [pytest.param(192, 3, marks=pytest.mark.extended), (256, 4)])
 def test_matmul_runs_on_them_by_name(features, group):
     keys = jax.random.split(jax.random.key(5), 3)
     x = jax.random.normal(keys[0], (2, 9, features - 5)) * jnp.exp(

@@ -430,6 +430,13 @@ def test_plots_bear_anything() -> None:
         {"layer": 0, "site": "none", "before": [math.nan, None], "after": [math.inf, 1.0]},
     ]
     data["plots"]["codebook"]["after"] = [math.nan] * 8
+    data["experts"] = {
+        "experts": 2,
+        "per_token": 1,
+        "few_tokens": 1,
+        "own_moments": True,
+        "layers": [{"layer": 0, "tokens": [0, 0], "few": [0, 1]}],
+    }
     assert set(report.draw_plots(data)) == set(report.TEXTS)
     assert set(report.draw_plots(data, report.DARK)) == set(report.TEXTS)
 

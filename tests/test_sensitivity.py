@@ -1,5 +1,7 @@
 """Gradients of a layer by probes: against plain differentiation of the same layer."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +45,9 @@ def test_a_nudge_of_a_site_moves_the_loss_by_its_gradient():
     graph, _ = decoder.make_layer(CONFIG)
     rope = decoder.rope_tables(CONFIG, jnp.arange(7))
 
-    def loss(nudge, site, token, feature):
+    @functools.partial(jax.jit, static_argnums=1)
+    @jax.grad
+    def slope(nudge, site, token, feature):
         tap = lambda name, v: v.at[0, token, feature].add(nudge) if name == site else v  # noqa: E731
         return jnp.vdot(decoder.merge_layer(graph, parameters)(x, rope, tap=tap)[0], cotangent)
 
@@ -54,14 +58,14 @@ def test_a_nudge_of_a_site_moves_the_loss_by_its_gradient():
     np.testing.assert_allclose(before, whole, rtol=1e-4, atol=1e-4)
     for site in SITES:
         size = CONFIG.site_in_features(site)
-        u = np.array([[jax.grad(loss)(0.0, site, t, f) for f in (0, size - 1)] for t in range(7)])
+        u = np.array([[slope(0.0, site, t, f) for f in (0, size - 1)] for t in range(7)])
         # Two features of u are known: their block of u^T u must agree.
         corner = np.asarray(gains[site])[np.ix_([0, size - 1], [0, size - 1])]
         np.testing.assert_allclose(corner, u.T @ u, rtol=1e-3, atol=1e-3)
         assert energies[site].shape == (7,) and gains[site].shape[0] % 32 == 0
         np.testing.assert_allclose(np.sum(energies[site]), np.trace(gains[site]), rtol=1e-4)
     for name, size in ((f"{s}/{n}", o) for s in SITES for n, o in CONFIG.site_out_features(s).items()):
-        u = np.array([[jax.grad(loss)(0.0, name, t, f) for f in (0, size - 1)] for t in range(7)])
+        u = np.array([[slope(0.0, name, t, f) for f in (0, size - 1)] for t in range(7)])
         (moment,) = np.asarray(outputs[name])
         corner = moment[np.ix_([0, size - 1], [0, size - 1])]
         np.testing.assert_allclose(corner, u.T @ u, rtol=1e-3, atol=1e-3)

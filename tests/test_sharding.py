@@ -39,21 +39,22 @@ def run_eight(name, *options):
     assert " passed" in ran.stdout and "skipped" not in ran.stdout, ran.stdout
 
 
+@pytest.mark.extended
 def test_eight_devices():
     run_eight("eight_devices.py", "-m", "not slow")
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_eight_devices_in_every_layout():
     run_eight("eight_devices.py", "-m", "slow")
 
 
-@pytest.mark.once
+@pytest.mark.extended
 def test_conversion_on_eight_devices():
     run_eight("eight_devices_convert.py")
 
 
-@pytest.mark.once
+@pytest.mark.extended
 def test_two_processes(tmp_path):
     path = tiny_checkpoint.write(tmp_path / "tiny")
     with socket.socket() as free:

@@ -505,7 +505,7 @@ def test_gguf_errors(tmp_path):
     write_gguf(file, "llama3", extra={"llama.rope.scaling.type": "yarn"})
     fails("rope type 'yarn' is not supported", file)
     write_gguf(file, "llama3", extra={"llama.expert_count": 8})
-    fails("mixture-of-experts", file)
+    fails("field 'num_experts' is 8: experts are supported in Qwen3MoeForCausalLM only", file)
     write_gguf(file, "llama3", extra={"llama.rope.dimension_count": 8})
     fails("llama.rope.dimension_count is 8: must equal the head size 16", file)
     write_gguf(file, "llama3", extra={"split.count": 3})

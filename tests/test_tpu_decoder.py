@@ -30,7 +30,7 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama3", pytest.param("qwen3", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["llama3", pytest.param("qwen3", marks=pytest.mark.extended)])
 def converted(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("converted") / request.param
     arguments = [

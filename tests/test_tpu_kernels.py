@@ -38,10 +38,11 @@ CASES = [
     (3, 576, 200, (32, 9, 2, 2), (18, 32, 32), "ceil", BF16, "bytes", 64),
     (17, 512, 256, (32, 1, 16, 16), (16, 32, 32), "even", F32, "bytes", 64),
     pytest.param(
-        *(40, 1024, 128, (32, 1, 32, 32), (32, 32, 32), "even", BF16, "float4", 64), marks=pytest.mark.slow
+        *(40, 1024, 128, (32, 1, 32, 32), (32, 32, 32), "even", BF16, "float4", 64),
+        marks=pytest.mark.extended,
     ),
     pytest.param(
-        *(5, 4096, 128, (32, 128, 128), (128, 32, 32), "even", BF16, "bytes", 64), marks=pytest.mark.slow
+        *(5, 4096, 128, (32, 128, 128), (128, 32, 32), "even", BF16, "bytes", 64), marks=pytest.mark.extended
     ),
     (200, 512, 256, (32, 4, 4, 4), (16, 32, 32), "even", BF16, "bytes", 256),
     (200, 256, 128, (32, 8, 8), None, "floor", BF16, "bytes", 256),
@@ -88,7 +89,7 @@ def check_exact(m, k, n, inter, intra, rule, dtype, kind, rows, interpret):
     assert bool((jnp.abs(y.astype(F32) - want) <= bound * (1 + 2**-6)).all())
 
 
-@pytest.mark.parametrize("m, rows", [(5, 64), pytest.param(150, 256, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("m, rows", [(5, 64), pytest.param(150, 256, marks=pytest.mark.extended)])
 def test_a_layer_of_a_stack_is_that_layer(m, rows):
     cases = [exact_case(m, 256, 200, (32, 2, 4, 4), (8, 32, 32), BF16, seed) for seed in range(3)]
     rotations = [tpu.prepare_rotation(inter, intra, 256) for _, inter, intra, _ in cases]

@@ -30,7 +30,7 @@ def expected(x, weights, transform, rule):
 
 @pytest.mark.parametrize(
     "method, options",
-    [pytest.param("two_level", {"group": 4}, marks=pytest.mark.slow), ("torq", {}), ("hadamard", {})],
+    [pytest.param("two_level", {"group": 4}, marks=pytest.mark.extended), ("torq", {}), ("hadamard", {})],
 )
 def test_a_site_runs_in_one_call(method, options):
     x, weights, transform = site(256, (96, 64), method, **options)
