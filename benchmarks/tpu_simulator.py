@@ -228,7 +228,10 @@ def _cycles(folder: Path) -> int | None:
     total = 0
     for name in glob.glob(f"{folder}/*.textproto"):
         found = re.findall(r'hlo_op_name: "([^"]*)"\s+estimated_cycles: (\d+)', Path(name).read_text())
-        total += sum(int(cycles) for kernel, cycles in found if _counts(kernel))
+        own = [int(cycles) for kernel, cycles in found if _counts(kernel)]
+        if 0 in own:  # the profile gave this kernel up, and says so in no other way
+            return None
+        total += sum(own)
     return total or None
 
 
@@ -243,7 +246,9 @@ def main() -> int:
         try:
             _compile(call)
             cycles = _cycles(folder)
-            result = {"cycles": cycles} if cycles else {"error": "no profile was written"}
+            result = (
+                {"cycles": cycles} if cycles else {"error": "no profile was written, or none of a kernel"}
+            )
         except Exception as error:  # whatever the compiler says is the result of this call
             result = {"error": " ".join(str(error).split())[:300]}
         print(json.dumps(result | {"seconds": round(time.monotonic() - begun, 1)}), flush=True)

@@ -64,16 +64,16 @@ def rotation_shapes(k: int, n: int) -> tuple[tuple[int, ...] | None, tuple[int, 
     return (None if size < 2 else (32, k // 32 // size, size, size)), (k // 32, 32, 32)
 
 
-def candidates(generation: str, rows: int, k: int, n: int) -> Iterator[tuple[int, int, int]]:
+def candidates(generation: str, rows: int, k: int, n: int) -> Iterator[tuple[int, ...]]:
     """What is tried: what fits in VMEM by the estimate, without what never won."""
     inter, intra = rotation_shapes(k, n)
     rotation = prepared(k, inter, intra)
-    for each in tiles.candidates(generation, rows, n):
+    for each in tiles.candidates(generation, rows, k, n):
         if rows > tpu.RESIDENT_ROWS and (each.rotated < 128 or each.rows <= tpu.RESIDENT_ROWS):
             continue
         each = tiles.held_tiles(generation, each, rows, k, n, rotation=rotation)
         if tiles.vmem_bytes(each, rows, k, n, rotation=rotation) <= tiles.limit(generation, each):
-            yield each[:3]
+            yield (*each[:3], each.features) if each.features else each[:3]
 
 
 def main() -> int:
@@ -112,13 +112,13 @@ def main() -> int:
 
 def best(calls: dict[str, Any]) -> list[tiles.Entry]:
     """The fastest candidate of every shape."""
-    found: dict[tuple[str, int, int, int], tuple[int, tuple[int, int, int]]] = {}
+    found: dict[tuple[str, int, int, int], tuple[int, tuple[int, ...]]] = {}
     for key, result in calls.items():
         generation, *numbers = key.split()
         k, n, rows, *chosen = map(int, numbers)
         if "cycles" in result:
             place = (generation, k, n, rows)
-            tried = (result["cycles"], (chosen[0], chosen[1], chosen[2]))
+            tried = (result["cycles"], tuple(chosen))
             found[place] = min(found.get(place, tried), tried)
     return [tiles.Entry(*place, tried[1]) for place, tried in sorted(found.items())]
 

@@ -82,7 +82,7 @@ def make(device: str, rows: int, columns: int, rotated: int, features: int = 0) 
 def limit(device: str, tiles: Tiles) -> int:
     """Bytes of VMEM that a call with these tiles may take."""
     properties = GENERATIONS[device]
-    return properties.vmem if tiles.apart else properties.shared_vmem
+    return properties.vmem if tiles.apart or tiles.features else properties.shared_vmem
 
 
 def generation(device_kind: str) -> str:
@@ -173,7 +173,7 @@ def choose(
     """
     # The table is sorted: the entry for the fewest rows that are enough comes first.
     known = [tpu_tiles(e) for e in TABLE if (e.generation, e.k, e.n) == (device, k, n) and rows <= e.rows]
-    for each in (*known, *candidates(device, rows, n)):
+    for each in (*known, *candidates(device, rows, k, n)):
         tiles = held_tiles(device, each, rows, k, n, rotation=rotation, width=width)
         if vmem_bytes(tiles, rows, k, n, rotation=rotation, width=width) <= limit(device, tiles):
             return tiles
@@ -183,23 +183,25 @@ def choose(
     )
 
 
-def candidates(device: str, rows: int, n: int) -> list[Tiles]:
+def candidates(device: str, rows: int, k: int, n: int) -> list[Tiles]:
     """Tiles worth trying, most promising first."""
     if rows <= RESIDENT_ROWS:
         widths = (512, 1024, 256, 128)
         return [make(device, RESIDENT_ROWS, w, 32) for w in widths if w <= padded(n) or w == 128]
     # Many rows rotated at once count most, then wide tiles; tall ones save decoding the weight again.
-    return [make(device, r, w, t) for t in (256, 128) for w in (512, 256) for r in (1024, 512, 256)] + apart(
-        device
-    )
-
-
-def apart(device: str) -> list[Tiles]:
-    """Tiles of calls of many rows that rotate and round apart; the last ones fit wherever anything does."""
-    return [
-        make(device, r, w, 128, k)
-        for r, w, k in ((1024, 512, 2048), (1024, 512, 1024), (512, 512, 1024), (256, 256, 512))
+    together = [make(device, r, w, t) for t in (256, 128) for w in (512, 256) for r in (1024, 512, 256)]
+    apart = [
+        make(device, *each)
+        for each in (
+            *(((1024, 512, 256, 4096),) if padded(k) <= 4096 else ()),
+            (512, 1024, 256, 7168),
+            (512, 512, 256, 7168),
+            (512, 512, 256, 4096),
+            (256, 256, 128, 2048),  # fits everywhere
+        )
     ]
+    # Where VMEM is small, one call has room for small tiles only.
+    return [*apart, *together] if device == "tpu7x" else [*together, *apart]
 
 
 # ---------------------------------------------------------------- GPU

@@ -831,8 +831,11 @@ def rotate_quantize_matmul(
         )(layer, x, *operands)
         return y[:rows]
     if tiles.features:
+        # XLA would keep as much of all rows in VMEM as it can, beside what the kernels take.
+        aside = (lambda a: a) if interpret else (lambda a: pltpu.with_memory_space_constraint(a, pltpu.HBM))
+        x = aside(x)
         if stages.any:
-            x = _rounded_rows(x, matrices, layer, stages, step, interpret, vmem_limit, f"{name}_rows")
+            x = aside(_rounded_rows(x, matrices, layer, stages, step, interpret, vmem_limit, f"{name}_rows"))
         depth = tiled_features(tiles, full)
         words = row_tile // 2 if x.dtype == jnp.int32 else row_tile
         y = pl.pallas_call(

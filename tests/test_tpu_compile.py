@@ -18,6 +18,12 @@ def test_compiles_for_every_generation():
         for generation in tiles.GENERATIONS
         for operation, rows in (("fused", 16), ("fused", 256), ("rotate_quantize", 16))
     ]
+    calls += [
+        Call(
+            "fused", generation, 256, 2048, 1024, (32, 4, 16, 16), (64, 32, 32), "even", (256, 256, 256, 1024)
+        )
+        for generation in tiles.GENERATIONS
+    ]
     # One test, because libtpu takes one process at a time.
     found = simulate(calls)
     failed = [(call, result) for call, result in zip(calls, found, strict=True) if "cycles" not in result]
@@ -29,6 +35,9 @@ def test_tiles_of_the_table_fit_their_device():
         chosen = tiles.choose(entry.generation, entry.rows, entry.k, entry.n)
         assert chosen[:3] == entry.tiles
     assert tiles.choose("v6e", 16, 4096, 4096).columns >= 256
+    # Rows that are many are rotated apart, whatever K is.
+    for k, n in ((17408, 5120), (25600, 5120), (28672, 8192), (2**21, 128)):
+        assert tiles.choose("tpu7x", 1024, k, n).features
     with pytest.raises(ValueError, match="K 2097152 needs more than the 44 MiB of VMEM"):
         tiles.choose("tpu7x", 16, 2**21, 128)
     with pytest.raises(ValueError, match="no tiles for 'TPU v3'"):

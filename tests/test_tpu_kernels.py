@@ -57,16 +57,31 @@ def test_codes_and_products_equal_the_reference(m, k, n, inter, intra, rule, dty
     check_exact(m, k, n, inter, intra, rule, dtype, kind, rows, True)
 
 
+# m, k, n, inter, intra, rule, dtype, kind: rotated in a call of their own, the weight's features in parts
+APART = [
+    (200, 1024, 256, (32, 4, 8, 8), (32, 32, 32), "even", BF16, "bytes"),
+    (200, 512, 200, (16, 16), (32, 32), "floor", BF16, "float4"),
+    (140, 384, 128, None, (32, 32), "ceil", F32, "bytes"),
+    (140, 512, 128, (32, 2, 8, 8), None, None, F32, "bytes"),
+    (140, 384, 128, None, None, None, BF16, "bytes"),
+]
+
+
+@pytest.mark.parametrize("m, k, n, inter, intra, rule, dtype, kind", APART)
+def test_many_rows_in_two_calls(m, k, n, inter, intra, rule, dtype, kind):
+    check_exact(m, k, n, inter, intra, rule, dtype, kind, 256, True, features=256)
+
+
 @pytest.mark.parametrize("case", [CASES[2], CASES[3]])
 def test_the_tpu_interpreter_agrees(case):
     check_exact(*case, pltpu.InterpretParams())
 
 
-def check_exact(m, k, n, inter, intra, rule, dtype, kind, rows, interpret):
+def check_exact(m, k, n, inter, intra, rule, dtype, kind, rows, interpret, features=0):
     x, inter, intra, w = exact_case(m, k, n, inter, intra, dtype)
     rotation = tpu.prepare_rotation(inter, intra, k, dtype=jnp.dtype(dtype))
     z = reference.rotate(x, inter, intra)
-    if rule is not None:
+    if rule is not None and not features:
         codes, scales = tpu.rotate_quantize(x, rotation, rule=rule, rows=64, interpret=interpret)
         want = mxfp4.quantize(z, rule)
         np.testing.assert_array_equal(codes, want.codes)
@@ -76,7 +91,7 @@ def check_exact(m, k, n, inter, intra, rule, dtype, kind, rows, interpret):
         layout.to_tpu(w.codes, w.scales, kind),
         rotation,
         rule=rule,
-        tiles=tpu.Tiles(rows, 256, 64 if rows > 64 else 32),
+        tiles=tpu.Tiles(rows, 256, 64 if rows > 64 else 32, features=features),
         kind=kind,
         interpret=interpret,
     )[:, :n]
