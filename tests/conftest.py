@@ -1,9 +1,37 @@
-"""What several test files begin with."""
+"""What several test files begin with, and how the suite is kept within its time."""
 
+import os
+
+import jax
 import pytest
 from transformers import AutoTokenizer
 
 from tests.test_decoder import GOLDENS, golden_model
+
+
+# Files of whole conversions and loads: compiling is most of their time, and no result depends on how fast code runs.
+QUICKLY_COMPILED = (
+    "test_convert test_convert_folding test_degenerate test_docs test_equivalence test_examples test_experts "
+    "test_export test_mixed test_resume test_tasks test_verify"
+).split()
+_OPTION = "jax_disable_most_optimizations"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly(request):
+    """Without XLA's costly passes, in this process and in those that a test starts, where that changes nothing."""
+    if request.module.__name__.rpartition(".")[2] not in QUICKLY_COMPILED:
+        yield
+        return
+    before, given = getattr(jax.config, _OPTION), os.environ.get(_OPTION.upper())
+    jax.config.update(_OPTION, True)
+    os.environ[_OPTION.upper()] = "1"
+    yield
+    jax.config.update(_OPTION, before)
+    if given is None:
+        del os.environ[_OPTION.upper()]
+    else:
+        os.environ[_OPTION.upper()] = given
 
 
 @pytest.fixture(scope="module")
