@@ -8,12 +8,21 @@ from transformers import AutoTokenizer
 
 from tests.test_decoder import GOLDENS, golden_model
 
-
 # Files of whole conversions and loads: compiling is most of their time, and no result depends on how fast code runs.
-QUICKLY_COMPILED = (
-    "test_convert test_convert_folding test_degenerate test_docs test_equivalence test_examples test_experts "
-    "test_export test_mixed test_resume test_tasks test_verify"
-).split()
+QUICKLY_COMPILED = {
+    "test_convert",
+    "test_convert_folding",
+    "test_degenerate",
+    "test_docs",
+    "test_equivalence",
+    "test_examples",
+    "test_experts",
+    "test_export",
+    "test_mixed",
+    "test_resume",
+    "test_tasks",
+    "test_verify",
+}
 _OPTION = "jax_disable_most_optimizations"
 
 
@@ -23,7 +32,7 @@ def compiled_quickly(request):
     if request.module.__name__.rpartition(".")[2] not in QUICKLY_COMPILED:
         yield
         return
-    before, given = getattr(jax.config, _OPTION), os.environ.get(_OPTION.upper())
+    before, given = jax.config.values[_OPTION], os.environ.get(_OPTION.upper())
     jax.config.update(_OPTION, True)
     os.environ[_OPTION.upper()] = "1"
     yield
