@@ -46,7 +46,7 @@ class Call:
     """What to compile: an operation, a generation and its shapes."""
 
     operation: str
-    """'fused', 'rotate_quantize', 'xla_bf16' or 'pallas_bf16'."""
+    """'fused', 'rotate_quantize', 'xla_bf16', 'pallas_bf16' or 'qwix_int8'."""
     generation: str
     m: int
     k: int
@@ -162,6 +162,8 @@ def _operation(call: Call) -> tuple[Callable[..., Any], list[Any]]:
     if call.operation == "xla_bf16":
         plain = lambda x, w: jnp.dot(x, w, preferred_element_type=jnp.float32).astype(narrow)  # noqa: E731
         return plain, [x, shape((k, n), narrow)]
+    if call.operation == "qwix_int8":
+        return _qwix_int8(call)
     if call.operation == "pallas_bf16":
         return _pallas_bf16(call), [x, shape((k, n), narrow)]
     rotation = prepared(k, call.inter, call.intra)
@@ -194,6 +196,26 @@ def _operation(call: Call) -> tuple[Callable[..., Any], list[Any]]:
     full_k, full_n = layout.padded(k), layout.padded(n)
     packed = [shape((full_k // 8, full_n), jnp.int32), shape((full_k // 32, full_n), jnp.uint8)]
     return fused, [x, *packed, shape((1, full_n), jnp.float32), *given]
+
+
+def _qwix_int8(call: Call) -> tuple[Callable[..., Any], list[Any]]:
+    """qwix's kernel that rounds the activations to int8 as it multiplies, in its own tiles; one scale a tile."""
+    from qwix.contrib.kernels import lhs_fused_quantized_matmul as kernels
+    from qwix.contrib.kernels.quantized_matmul import QuantizedMatmulConfig
+
+    sizes = QuantizedMatmulConfig()
+    m, k, n = call.m, call.k, call.n
+    bm, bk, bn = min(m, sizes.bm), min(k, sizes.bk), min(n, sizes.bn)
+
+    def run(x: Any, w: Any, scales: Any) -> Any:
+        return kernels.lhs_fused_quantized_matmul(x, w, scales, bm=bm, bk=bk, bn=bn, sm=m // bm)
+
+    shape = jax.ShapeDtypeStruct
+    return run, [
+        shape((m, k), jnp.bfloat16),
+        shape((k, n), jnp.int8),
+        shape((k // bk, n // bn), jnp.float32),
+    ]
 
 
 def _pallas_bf16(call: Call) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.tpu_static
 
-Needs ``pip install 'torq-jax[tpu]'``, no TPU. Nothing is measured: libtpu's static profile is an estimate, and
+Needs ``pip install 'torq-jax[tpu]' qwix``, no TPU. Nothing is measured: libtpu's static profile is an estimate, and
 its model of the memory is optimistic, so the larger of its time and the time that the bytes need counts.
 """
 
@@ -23,10 +23,11 @@ from pallas_kernels import tiles
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
 ROWS = (16, 1024)
-OPERATIONS = ("xla_bf16", "pallas_bf16", "mxfp4", "mxfp4_a4", "fused")
+OPERATIONS = ("xla_bf16", "pallas_bf16", "qwix_int8", "mxfp4", "mxfp4_a4", "fused")
 TITLES = {
     "xla_bf16": "XLA bfloat16",
     "pallas_bf16": "Pallas bfloat16",
+    "qwix_int8": "qwix W8A8",
     "mxfp4": "W4A16",
     "mxfp4_a4": "W4A4, no rotation",
     "fused": "W4A4, both rotation stages",
@@ -47,14 +48,21 @@ def call_of(operation: str, generation: str, m: int, k: int, n: int) -> Call:
 def floors(call: Call) -> dict[str, float]:
     """Bytes that must move, and the microseconds that they and the multiply-adds need at least."""
     properties = tiles.GENERATIONS[call.generation]
-    bits = 16 if "bf16" in call.operation else 4.25
+    bits = 16 if "bf16" in call.operation else 8 if call.operation == "qwix_int8" else 4.25
     matrices = sum(math.prod(shape) for shape in (call.inter, call.intra) if shape is not None)
     moved = call.k * call.n * bits / 8 + 2 * (call.m * call.k + call.m * call.n + matrices)
     return {
         "bytes": moved,
         "memory_us": moved / properties.bandwidth * 1e6,
         "weights_us": call.k * call.n * bits / 8 / properties.bandwidth * 1e6,
-        "matrix_us": call.m * call.k * call.n / properties.multiply_adds / properties.clock * 1e6,
+        # Published: int8 at twice bfloat16's rate on v5e and v6e.
+        "matrix_us": (0.5 if bits == 8 and call.generation != "tpu7x" else 1)
+        * call.m
+        * call.k
+        * call.n
+        / properties.multiply_adds
+        / properties.clock
+        * 1e6,
     }
 
 
@@ -127,7 +135,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         peak = 2 * properties.multiply_adds * properties.clock
         intensity = [2.0**i for i in range(2, 14)]
         axis.plot(intensity, [min(peak, i * properties.bandwidth) / 1e12 for i in intensity], "k-", lw=1)
-        for operation, marker in zip(OPERATIONS, "sv^Do", strict=True):
+        for operation, marker in zip(OPERATIONS, "sv*^Do", strict=True):
             some = [
                 r for r in rows if r["operation"] == operation and r["generation"] == generation and "us" in r
             ]

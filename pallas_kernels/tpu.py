@@ -699,7 +699,7 @@ def _rounded_rows_kernel(*refs: Any, stages: _Stages, step: int) -> None:
 
 
 def _tiled_kernel(
-    _: Any,
+    layer_ref: Any,
     x_ref: Any,
     w_ref: Any,
     e_ref: Any,

@@ -16,7 +16,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import torq_jax
+from convert.__main__ import main
 from tests import collectives, tiny_checkpoint
+from tests.test_decoder import GOLDENS
 from torq_jax import compiled, evaluate, generate, plan, sharding
 from torq_jax.checkpoint import layer_formats
 from torq_jax.errors import TorqError
@@ -225,3 +227,36 @@ def test_a_mesh_of_some_devices(checkpoints, single):
     model = torq_jax.load(checkpoints(8), mesh=mesh).model
     got = generate.generate(model, PROMPTS[:2], Sampling(max_tokens=3))
     assert got == generate.generate(single(8), PROMPTS[:2], Sampling(max_tokens=3))
+
+
+@pytest.mark.parametrize("mesh", ["2x4", "8x1"])
+def test_experts_are_divided(tmp_path, mesh):
+    """Whole experts on each device: the same logits and tokens, and none of their weights travels."""
+    options = [
+        "--calibration",
+        "random",
+        "--samples",
+        "2",
+        "--sequence-length",
+        "16",
+        "--compare",
+        "",
+        "--quiet",
+    ]
+    options += ["--method", "hadamard", "--rounding", "nearest", "--out", str(tmp_path / "moe")]
+    assert main(["--hf", str(GOLDENS / "qwen3-moe"), *options]) == 0
+    single = torq_jax.load(tmp_path / "moe", dequantize=False).model
+    divided = torq_jax.load(tmp_path / "moe", dequantize=False, mesh=mesh).model
+    ways = divided.partition.ways("experts")
+    assert ways == int(mesh.split("x")[1])
+    codes = divided.layers.mlp_in.up_codes[...]
+    assert codes.addressable_shards[0].data.shape[1] == codes.shape[1] // ways
+    tokens = jnp.asarray(np.arange(48).reshape(8, 6) * 7 % 288)
+    run = nnx.jit(lambda m, t: m(t)[0])
+    np.testing.assert_allclose(run(divided, tokens), run(single, tokens), atol=5e-5, rtol=0)  # as above
+    settings = [Sampling(max_tokens=4)] * len(PROMPTS)
+    assert generate.generate(divided, PROMPTS, settings) == generate.generate(single, PROMPTS, settings)
+    found = collectives.read(run.lower(divided, tokens).compile().as_text())
+    weights = min(w.nbytes // ways for w in (codes[0], divided.layers.mlp_out.down_codes[...][0]))
+    gathered = [c for c in found if c.operation != "all-reduce" and c.nbytes >= weights]
+    assert not gathered, gathered

@@ -228,4 +228,9 @@ def test_the_plan_reads_the_chosen_experts_only():
     rows = plan.make(model, "h100", 1, layout=None, batch=1, context=1)["formats"]
     assert rows["bf16"]["read_seconds"] * 3350e9 == pytest.approx(2 * 3.0e9, rel=0.05)
     own = sharding.partition(model.config, sharding.abstract_mesh({"data": 1, "model": 4}))
-    assert any("experts are not divided over model" in note for note in own.notes)
+    assert own.ways("experts") == 4 and own.ways("mlp") == 1 and not own.notes
+    divided = plan.make(model, "h100", 4, layout=None, batch=1, context=1)["formats"]
+    assert divided["MXFP4"]["memory"]["linear layers"] < rows["MXFP4"]["memory"]["linear layers"] / 3.9
+    assert ("all-reduce", "experts", 48) in {
+        (c["operation"], c["where"], c["times"]) for c in divided["MXFP4"]["collectives"]
+    }

@@ -184,7 +184,13 @@ class Site(nnx.Module):
         return outputs
 
     def by_expert(
-        self, x: Float[Array, "*b i"], cut: experts.Tiles, shape: tuple[int, ...], tap: Tap | None = None
+        self,
+        x: Float[Array, "*b i"],
+        cut: experts.Tiles,
+        shape: tuple[int, ...],
+        tap: Tap | None = None,
+        *,
+        here: int | None = None,
     ) -> list[Float[Array, "*shape o"]]:
         """Outputs of each pair's own expert, in the order of :data:`~torq_jax.config.SITE_WEIGHTS`.
 
@@ -193,6 +199,7 @@ class Site(nnx.Module):
           cut: the pairs, sorted (see :mod:`torq_jax.experts`).
           shape: of the pairs, ``[b, t, k]``.
           tap: see :data:`Tap`.
+          here: how many experts' weights there are; all when None.
         """
         x = x if tap is None else tap(self.site, x)
         x = prepare(x, self.rotation(), self.form.activation_scale, self.form.activations)
@@ -201,7 +208,7 @@ class Site(nnx.Module):
             x.reshape(-1, x.shape[-1]),
             [self.weight(name) for name in names],
             cut,
-            experts=self.experts,
+            experts=self.experts if here is None else here,
             pairs=math.prod(shape),
             rounded=self.form.activation_scale is not None,
         )
@@ -354,13 +361,30 @@ class DecoderLayer(nnx.Module):
         )
         if tap is not None:
             chosen = tap("router", chosen)
-        cut = experts.tiles(chosen.reshape(-1), config.num_experts)
-        gate, up = self.mlp_in.by_expert(x, cut, chosen.shape, tap)
-        (y,) = self.mlp_out.by_expert(jax.nn.silu(gate) * up, cut, chosen.shape, tap)
-        mixed = jnp.einsum(
-            "...k,...kh->...h", weights, y.astype(jnp.float32), precision=precision(jnp.float32)
+        if self.partition is None or self.partition.ways("experts") == 1:
+            return _mixture(config, (self.mlp_in, self.mlp_out), x, weights, chosen, tap=tap)
+        return self._divided_experts(self.partition, x, weights, chosen)
+
+    def _divided_experts(self, own: Partition, x: Array, weights: Array, chosen: Array) -> Array:
+        """The mixture where each device has some of the experts: it computes those, and devices add up."""
+        axes = own.over("experts")
+        here = self.config.num_experts // own.ways("experts")
+        graph, state = nnx.split((self.mlp_in, self.mlp_out))
+        names = ("mlp_in", "mlp_out")
+        places = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: own.spec(*own.parameter((names[path[0].key], path[1].key), leaf.shape)), state
         )
-        return mixed.astype(x.dtype)
+        rows = own.fit(x.shape, "batch", None, None).spec
+
+        def local(state: Any, x: Array, weights: Array, chosen: Array) -> Array:
+            first = jax.lax.axis_index(axes) * here
+            mixed = _mixture(self.config, nnx.merge(graph, state), x, weights, chosen, first=first, here=here)
+            return jax.lax.psum(mixed, axes)
+
+        mapped = jax.shard_map(
+            local, mesh=own.mesh, in_specs=(places, rows, rows, rows), out_specs=rows, check_vma=False
+        )
+        return mapped(state, x, weights, chosen)
 
     def _divided(self, x: Array, *names: str | None) -> Array:
         """``x [b, t, ...]`` as the mesh has it, if there is one; ``names`` are the logical axes after these two."""
@@ -394,6 +418,29 @@ class DecoderLayer(nnx.Module):
         out = attention(q, k, v, start)
         out = rotate_heads(out) if values_turn else out
         return self._divided(out.reshape(b, t, -1), "heads"), written
+
+
+def _mixture(
+    config: DecoderConfig,
+    sites: tuple[Site, Site],
+    x: Float[Array, "b t H"],
+    weights: Float[Array, "b t k"],
+    chosen: Int32[Array, "b t k"],
+    *,
+    tap: Tap | None = None,
+    first: Any = 0,
+    here: int | None = None,
+) -> Float[Array, "b t H"]:
+    """What a token's experts say, weighed; of ``here`` experts from ``first`` on alone where that is given."""
+    count = config.num_experts if here is None else here
+    local = chosen.reshape(-1) - first
+    local = jnp.where((local >= 0) & (local < count), local, count)
+    cut = experts.tiles(local, count, experts.tile_size(local.shape[0], config.num_experts))
+    before, after = sites
+    gate, up = before.by_expert(x, cut, chosen.shape, tap, here=here)
+    (y,) = after.by_expert(jax.nn.silu(gate) * up, cut, chosen.shape, tap, here=here)
+    mixed = jnp.einsum("...k,...kh->...h", weights, y.astype(jnp.float32), precision=precision(jnp.float32))
+    return mixed.astype(x.dtype)
 
 
 class Decoder(nnx.Module):

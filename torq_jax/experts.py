@@ -72,7 +72,7 @@ def tiles(experts: Int32[Array, " m"], count: int, size: int | None = None) -> T
     """Sort pairs by expert and cut them up.
 
     Args:
-      experts: of each pair.
+      experts: of each pair; ``count`` for pairs that are left out.
       count: of experts.
       size: of a tile; that of :func:`tile_size` when None.
 

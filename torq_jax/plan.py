@@ -362,6 +362,9 @@ def collectives(
                 )
             if axis is not None:
                 found.append(Collective("all-reduce", site, ways, hidden * 4, count))
+    found.append(
+        Collective("all-reduce", "experts", own.ways("experts"), hidden * activation_bytes, config.num_layers)
+    )
     found.append(Collective("all-gather", "choice", own.ways("vocab"), rows * 8 * own.ways("vocab"), 1))
     return [c for c in found if c.ways > 1]
 
@@ -428,7 +431,11 @@ def estimate(
         config.site_in_features(site)
         * outputs
         * (config.experts_per_token / config.num_experts if config.has_experts(site) else 1)
-        / math.prod(map(own.ways, sharding.WEIGHT_AXES[name]))
+        / (
+            own.ways("experts")
+            if config.has_experts(site)
+            else math.prod(map(own.ways, sharding.WEIGHT_AXES[name]))
+        )
         for site in SITES
         for name, outputs in config.site_out_features(site).items()
     )

@@ -52,12 +52,14 @@ RULES: Rules = {
     "heads": ("model", "replica"),
     "kv_heads": "model",
     "mlp": ("model", "replica"),
+    "experts": ("model", "replica"),
     "embed": None,
     "positions": None,
 }
 """Over which mesh axes each logical axis is divided; axes that a mesh lacks are left out. ``replica`` is for models
 with fewer key and value heads than devices: these are then divided over ``model`` alone and repeated along it.
-``positions`` are those inside a block that a rotation before q, k, v, gate and up treats apart."""
+``positions`` are those inside a block that a rotation before q, k, v, gate and up treats apart. Where there are
+``experts``, whole ones are divided, and ``mlp`` is not."""
 
 WEIGHT_AXES: Mapping[str, tuple[str, str]] = {
     "q": ("heads", "embed"),
@@ -79,7 +81,7 @@ OUTER_AXES: Mapping[str, tuple[str, ...]] = {
 ROW_SITES: Mapping[str, str] = {"attn_out": "heads", "mlp_out": "mlp"}
 """Sites whose weights are divided along their inputs, and the logical axis of these."""
 
-_TOGETHER = (("batch", "heads"), ("batch", "mlp"), ("batch", "vocab"), ("batch", "positions"))
+_TOGETHER = tuple(("batch", name) for name in ("heads", "mlp", "experts", "vocab", "positions"))
 """Logical axes of one activation."""
 
 RotationLayout = Literal["whole", "divided", "local", "exchanged", "gathered"]
@@ -143,6 +145,8 @@ class Partition:
         site, name = path[-2:]
         if name not in ("inter", "intra"):
             weight, _, part = name.partition("_")
+            if site.startswith("mlp") and "experts" in dict(self.axes):  # one under the other
+                return ("experts", None)
             return WEIGHT_AXES[weight][:1] if part == "bias" else WEIGHT_AXES[weight]
         axis, none = ROW_SITES.get(site, "positions"), (None,) * len(shape)
         if self.ways(axis) == 1:
@@ -324,12 +328,10 @@ def partition(
         ),
         "positions": ("positions of a block", lambda n: POSITIONS % n == 0, POSITIONS),
     }
-    found, notes = {"batch": wanted["batch"]}, []
-    if config.num_experts and wanted["mlp"]:
-        notes.append(
-            f"experts are not divided over {_names(wanted['mlp'])}: each device has all {config.num_experts}"
-        )
+    if config.num_experts:
         wanted["mlp"] = ()
+        units["experts"] = ("experts", lambda n: config.num_experts % n == 0, config.num_experts)
+    found, notes = {"batch": wanted["batch"]}, []
     for name, (what, divides, count) in units.items():
         kept = wanted[name]
         if name == "kv_heads" and kept != found["heads"][: len(kept)]:
