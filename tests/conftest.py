@@ -8,8 +8,11 @@ from transformers import AutoTokenizer
 
 from tests.test_decoder import GOLDENS, golden_model
 
-# Files of whole conversions and loads: compiling is most of their time, and no result depends on how fast code runs.
+# Files of whole conversions, of generation and of interpreted kernels: compiling is most of their time, and no result
+# depends on how fast code runs.
 QUICKLY_COMPILED = {
+    "test_cache",
+    "test_compiled",
     "test_convert",
     "test_convert_folding",
     "test_degenerate",
@@ -18,9 +21,19 @@ QUICKLY_COMPILED = {
     "test_examples",
     "test_experts",
     "test_export",
+    "test_generate",
+    "test_gpu_benchmark",
+    "test_gpu_kernels",
+    "test_gpu_matmul",
+    "test_injection",
+    "test_lm_eval_adapter",
     "test_mixed",
+    "test_portable_kernels",
     "test_resume",
     "test_tasks",
+    "test_tpu_decoder",
+    "test_tpu_kernels",
+    "test_tpu_matmul",
     "test_verify",
 }
 _OPTION = "jax_disable_most_optimizations"
