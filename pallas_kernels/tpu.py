@@ -66,8 +66,8 @@ class Tiles(NamedTuple):
     halves: whether bfloat16 vectors are compared as such, two rows to a lane (v6e and later have the instructions).
     held: tiles of the weight in VMEM at once, where all rows are in one tile of :data:`RESIDENT_ROWS` at most.
     apart: whether the activations have to be in HBM before such a call.
-    features: of a tile of the weight, where there are more rows: rotation and rounding are a call of their own then,
-        and no memory that is needed grows with K. 0 for all features and one call.
+    features: of a tile of the weight, where there are more rows: rotation and rounding are a call of their own then.
+    0 for all features and one call.
     """
 
     rows: int

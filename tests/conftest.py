@@ -46,10 +46,13 @@ def compiled_quickly(request):
         yield
         return
     before, given = jax.config.values[_OPTION], os.environ.get(_OPTION.upper())
+    # What is compiled already would be used on, and a process that a test starts would compute other last bits.
+    jax.clear_caches()
     jax.config.update(_OPTION, True)
     os.environ[_OPTION.upper()] = "1"
     yield
     jax.config.update(_OPTION, before)
+    jax.clear_caches()
     if given is None:
         del os.environ[_OPTION.upper()]
     else:
