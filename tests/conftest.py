@@ -37,26 +37,25 @@ QUICKLY_COMPILED = {
     "test_verify",
 }
 _OPTION = "jax_disable_most_optimizations"
+_GIVEN = jax.config.values[_OPTION]
+
+
+def _quickly(module):
+    return module.__name__.rpartition(".")[2] in QUICKLY_COMPILED
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_quickly(request):
-    """Without XLA's costly passes, in this process and in those that a test starts, where that changes nothing."""
-    if request.module.__name__.rpartition(".")[2] not in QUICKLY_COMPILED:
-        yield
-        return
-    before, given = jax.config.values[_OPTION], os.environ.get(_OPTION.upper())
-    # What is compiled already would be used on, and a process that a test starts would compute other last bits.
-    jax.clear_caches()
-    jax.config.update(_OPTION, True)
-    os.environ[_OPTION.upper()] = "1"
-    yield
-    jax.config.update(_OPTION, before)
-    jax.clear_caches()
-    if given is None:
-        del os.environ[_OPTION.upper()]
-    else:
-        os.environ[_OPTION.upper()] = given
+    """Without XLA's costly passes, in this process and in those that a test starts, where that changes nothing.
+
+    What one file compiled serves the next one, unless that is compiled otherwise.
+    """
+    wanted = _quickly(request.module) or _GIVEN
+    if wanted != jax.config.values[_OPTION]:
+        # What is compiled already would be used on, and a process that a test starts would compute other last bits.
+        jax.clear_caches()
+        jax.config.update(_OPTION, wanted)
+        os.environ[_OPTION.upper()] = str(int(wanted))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +76,11 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out, with ``--sparse``, all cases of a parametrised test but the first and those marked extended."""
+    """Files compiled quickly first, so that what is compiled is thrown away once.
+
+    With ``--sparse`` all cases of a parametrised test are left out but the first and those marked extended.
+    """
+    items.sort(key=lambda item: not _quickly(item.module))
     if not config.getoption("--sparse"):
         return
     seen, kept, left = set(), [], []
