@@ -8,7 +8,6 @@ that gives up takes its process with it, and one process at a time, because libt
 from __future__ import annotations
 
 import dataclasses
-import glob
 import importlib.util
 import itertools
 import json
@@ -59,9 +58,15 @@ class Call:
 
 
 def simulate(
-    calls: Iterable[Call], shown: Callable[[Call, dict[str, Any]], None] | None = None
+    calls: Iterable[Call],
+    shown: Callable[[Call, dict[str, Any]], None] | None = None,
+    *,
+    profile: bool = True,
 ) -> list[dict[str, Any]]:
     """``{"cycles": ...}`` or ``{"error": ...}`` of each call, in order.
+
+    Without ``profile`` the calls are compiled only, to ``{"compiled": True}``: libtpu's profiler gives up on some
+    programs that its compiler takes.
 
     Raises:
       SystemExit: libtpu is not installed.
@@ -69,9 +74,10 @@ def simulate(
     if importlib.util.find_spec("libtpu") is None:
         raise SystemExit("libtpu is not installed: pip install 'torq-jax[tpu]'")
     left, done = list(calls), []
-    ended = {"error": f"the compiler gave up, or took more than {PATIENCE} s"}
+    what = "the compiler or its profiler" if profile else "the compiler"
+    ended = {"error": f"{what} gave up, or took more than {PATIENCE} s"}
     while left:
-        for result in itertools.chain(_child(left.copy()), [ended]):
+        for result in itertools.chain(_child(left.copy(), profile), [ended]):
             if left:  # else the child has answered for all
                 done.append(result)
                 call = left.pop(0)
@@ -110,10 +116,11 @@ def prepared(k: int, inter: tuple[int, ...] | None, intra: tuple[int, ...] | Non
     return jax.eval_shape(lambda a, b: tpu.prepare_rotation(a, b, k), *matrices)
 
 
-def _child(calls: list[Call]) -> Iterator[dict[str, Any]]:
+def _child(calls: list[Call], profile: bool) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
+        dump = f"--xla_jf_dump_static_llo_profile_to={folder} " if profile else ""
         environment = os.environ | {
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={folder} --xla_tpu_check_llo_types=false",
+            "LIBTPU_INIT_ARGS": f"{dump}--xla_tpu_check_llo_types=false",
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_ACCELERATOR_TYPE": "v5litepod-4",
             "TPU_WORKER_HOSTNAMES": "localhost",
@@ -122,7 +129,7 @@ def _child(calls: list[Call]) -> Iterator[dict[str, Any]]:
         }
         text = json.dumps([dataclasses.asdict(call) for call in calls])
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.tpu_simulator", folder],
+            [sys.executable, "-m", "benchmarks.tpu_simulator", *([folder] if profile else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -248,8 +255,8 @@ def _counts(operation: str) -> bool:
 
 def _cycles(folder: Path) -> int | None:
     total = 0
-    for name in glob.glob(f"{folder}/*.textproto"):
-        found = re.findall(r'hlo_op_name: "([^"]*)"\s+estimated_cycles: (\d+)', Path(name).read_text())
+    for name in folder.glob("*.textproto"):
+        found = re.findall(r'hlo_op_name: "([^"]*)"\s+estimated_cycles: (\d+)', name.read_text())
         own = [int(cycles) for kernel, cycles in found if _counts(kernel)]
         if 0 in own:  # the profile gave this kernel up, and says so in no other way
             return None
@@ -258,19 +265,23 @@ def _cycles(folder: Path) -> int | None:
 
 
 def main() -> int:
-    """The child: calls as JSON on its input, a line of JSON for each on its output."""
-    folder = Path(sys.argv[1])
+    """The child: calls as JSON on its input, a line of JSON for each on its output; profiles go to a given folder."""
+    folder = Path(sys.argv[1]) if sys.argv[1:] else None
     for given in json.loads(sys.stdin.read()):
         call = Call(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-        for name in glob.glob(f"{folder}/*.textproto"):
+        for name in folder.glob("*.textproto") if folder else ():
             os.remove(name)
         begun = time.monotonic()
+        result: dict[str, Any]
         try:
             _compile(call)
-            cycles = _cycles(folder)
-            result = (
-                {"cycles": cycles} if cycles else {"error": "no profile was written, or none of a kernel"}
-            )
+            cycles = _cycles(folder) if folder else None
+            if not folder:
+                result = {"compiled": True}
+            elif cycles:
+                result = {"cycles": cycles}
+            else:
+                result = {"error": "no profile was written, or none of a kernel"}
         except Exception as error:  # whatever the compiler says is the result of this call
             result = {"error": " ".join(str(error).split())[:300]}
         print(json.dumps(result | {"seconds": round(time.monotonic() - begun, 1)}), flush=True)

@@ -12,6 +12,7 @@ from tests.test_decoder import GOLDENS, golden_model
 # depends on how fast code runs.
 QUICKLY_COMPILED = {
     "test_cache",
+    "test_closed_form",
     "test_compiled",
     "test_convert",
     "test_convert_folding",
@@ -30,18 +31,21 @@ QUICKLY_COMPILED = {
     "test_mixed",
     "test_portable_kernels",
     "test_resume",
+    "test_sensitivity",
     "test_tasks",
     "test_tpu_decoder",
     "test_tpu_kernels",
     "test_tpu_matmul",
     "test_verify",
 }
+# Minutes each, so they begin first.
+LONGEST = {"test_demo", "test_sharding"}
 _OPTION = "jax_disable_most_optimizations"
 _GIVEN = jax.config.values[_OPTION]
 
 
-def _quickly(module):
-    return module.__name__.rpartition(".")[2] in QUICKLY_COMPILED
+def _name(module):
+    return module.__name__.rpartition(".")[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,7 +54,7 @@ def compiled_quickly(request):
 
     What one file compiled serves the next one, unless that is compiled otherwise.
     """
-    wanted = _quickly(request.module) or _GIVEN
+    wanted = _name(request.module) in QUICKLY_COMPILED or _GIVEN
     if wanted != jax.config.values[_OPTION]:
         # What is compiled already would be used on, and a process that a test starts would compute other last bits.
         jax.clear_caches()
@@ -76,11 +80,13 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Files compiled quickly first, so that what is compiled is thrown away once.
+    """The longest files first, then those compiled quickly, so that what is compiled is seldom thrown away.
 
     With ``--sparse`` all cases of a parametrised test are left out but the first and those marked extended.
     """
-    items.sort(key=lambda item: not _quickly(item.module))
+    items.sort(
+        key=lambda item: (_name(item.module) not in LONGEST, _name(item.module) not in QUICKLY_COMPILED)
+    )
     if not config.getoption("--sparse"):
         return
     seen, kept, left = set(), [], []

@@ -258,6 +258,7 @@ def test_quantised_model_is_near_the_float_one(tmp_path):
     assert 0.6 < cosine < 0.999
 
 
+@pytest.mark.once
 def test_conversion_is_reproducible(tmp_path):
     for out in (tmp_path / "a", tmp_path / "b"):
         assert convert("llama3", out) == 0
@@ -346,6 +347,7 @@ def test_an_output_directory_that_exists_is_kept(tmp_path, capsys):
     assert (out / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.once
 def test_overwrite_replaces_a_checkpoint(tmp_path):
     out = tmp_path / "out"
     assert convert("llama3", out, "--method", "none") == 0
@@ -427,6 +429,7 @@ def _convert_in_a_process(out, prefix="", code="from convert import pipeline"):
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
 
 
+@pytest.mark.once
 def test_a_write_that_fails_half_way_leaves_nothing_behind(tmp_path):
     # No file may grow past 4 KiB: writes fail in the middle of a layer, as on a disk that others fill up.
     done = _convert_in_a_process(tmp_path / "out", prefix="ulimit -f 4; ")
@@ -468,6 +471,7 @@ async def _abandon():
     del task
 
 
+@pytest.mark.once
 def test_a_full_disk(tmp_path):
     """On a real file system of 200 KiB, where this process may mount one."""
     disk = tmp_path / "disk"
@@ -539,6 +543,7 @@ def test_damage_is_told_in_a_line(converted, tmp_path, damage, message):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.once
 def test_a_checkpoint_is_written_through_a_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     assert convert("llama3", tmp_path / "link", "--method", "none") == 0

@@ -17,6 +17,8 @@ from rich.console import Console
 from convert import report
 from torq_jax.errors import ConversionError
 
+pytestmark = pytest.mark.once
+
 SHA = "3df2bfd8d76bfbefdc51e3d30fa7e027d6b4501920a75594f2a16f9524ac721b"
 
 

@@ -25,8 +25,8 @@ def test_compiles_for_every_generation():
         for generation in tiles.GENERATIONS
     ]
     # One test, because libtpu takes one process at a time.
-    found = simulate(calls)
-    failed = [(call, result) for call, result in zip(calls, found, strict=True) if "cycles" not in result]
+    found = simulate(calls, profile=False)
+    failed = [(call, result) for call, result in zip(calls, found, strict=True) if "compiled" not in result]
     assert not failed and len(found) == len(calls), failed
 
 
