@@ -8,6 +8,7 @@ that gives up takes its process with it, and one process at a time, because libt
 from __future__ import annotations
 
 import dataclasses
+import glob
 import importlib.util
 import itertools
 import json
@@ -37,6 +38,8 @@ from pallas_kernels import layout, tiles, tpu
 PATIENCE = 120
 """Seconds that a compilation may take."""
 
+_DUMPED = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final.*"
+
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
@@ -63,7 +66,7 @@ def simulate(
     *,
     profile: bool = True,
 ) -> list[dict[str, Any]]:
-    """``{"cycles": ...}`` or ``{"error": ...}`` of each call, in order.
+    """``{"cycles": ..., "slots": ...}`` or ``{"error": ...}`` of each call, in order; for slots see :func:`slots`.
 
     Without ``profile`` the calls are compiled only, to ``{"compiled": True}``: libtpu's profiler gives up on some
     programs that its compiler takes.
@@ -118,7 +121,11 @@ def prepared(k: int, inter: tuple[int, ...] | None, intra: tuple[int, ...] | Non
 
 def _child(calls: list[Call], profile: bool) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        dump = f"--xla_jf_dump_static_llo_profile_to={folder} " if profile else ""
+        dump = (
+            f"--xla_jf_dump_static_llo_profile_to={folder} --xla_jf_dump_to={folder} {_DUMPED} "
+            if profile
+            else ""
+        )
         environment = os.environ | {
             "LIBTPU_INIT_ARGS": f"{dump}--xla_tpu_check_llo_types=false",
             "TPU_SKIP_MDS_QUERY": "1",
@@ -264,13 +271,42 @@ def _cycles(folder: Path) -> int | None:
     return total or None
 
 
+def slots(folder: Path) -> dict[str, dict[str, float]]:
+    """How full each kernel's longest loop is, or the whole kernel where it has none.
+
+    Returns:
+      By kernel ``{"bundles": number of instructions of the loop, "MXU": used parts of the slots of a kind, ...}``,
+      kinds that are used only. VALU are the vector units' operations, VLOAD and VSTORE their memory's.
+    """
+    found = {}
+    for used in sorted(folder.glob("*final_hlo-static-per-bundle-utilization.txt")):
+        kernel = re.sub(r"^\d+-|-\d+-final_hlo.*$", "", used.name)
+        listing = glob.glob(f"{folder}/*-{glob.escape(kernel)}-[0-9][0-9]-final_bundles.txt")
+        # <late-...> and TLP are the program around the kernels.
+        if not listing or not _counts(kernel) or kernel.startswith(("<", "TLP")):
+            continue
+        _, names, capacity, _, *lines = used.read_text().splitlines()
+        counts = np.array([line.split() for line in lines if line.strip()], int)
+        loops = re.findall(
+            r"^ *(?:0x[0-9a-f]+|0) *(?:[A-Z]{2})? *: *(>*)", Path(listing[-1]).read_text(), re.M
+        )
+        inside = np.flatnonzero([bool(loop) for loop in loops[: len(counts)]])
+        runs = np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1)
+        longest = max(runs, key=len)
+        chosen = counts[longest] if len(longest) else counts
+        parts = chosen.mean(0) / np.array(capacity.split(), int)
+        named = zip(names.split(", "), parts.tolist(), strict=True)
+        found[kernel] = {"bundles": len(chosen)} | {name: round(part, 3) for name, part in named if part}
+    return found
+
+
 def main() -> int:
     """The child: calls as JSON on its input, a line of JSON for each on its output; profiles go to a given folder."""
     folder = Path(sys.argv[1]) if sys.argv[1:] else None
     for given in json.loads(sys.stdin.read()):
         call = Call(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-        for name in folder.glob("*.textproto") if folder else ():
-            os.remove(name)
+        for file in folder.iterdir() if folder else ():
+            file.unlink()
         begun = time.monotonic()
         result: dict[str, Any]
         try:
@@ -279,7 +315,7 @@ def main() -> int:
             if not folder:
                 result = {"compiled": True}
             elif cycles:
-                result = {"cycles": cycles}
+                result = {"cycles": cycles, "slots": slots(folder)}
             else:
                 result = {"error": "no profile was written, or none of a kernel"}
         except Exception as error:  # whatever the compiler says is the result of this call

@@ -1,9 +1,10 @@
 """Simulated cycles of the TPU kernels beside bfloat16 products and the floors of memory and matrix unit.
 
-    python -m benchmarks.tpu_static
+    python -m benchmarks.tpu_static [--anew]
 
 Needs ``pip install 'torq-jax[tpu]' qwix``, no TPU. Nothing is measured: libtpu's static profile is an estimate, and
-its model of the memory is optimistic, so the larger of its time and the time that the bytes need counts.
+its model of the memory is optimistic, so the larger of its time and the time that the bytes need counts. How full
+the instruction slots of each kernel's longest loop are is counted in libtpu's listing of it.
 """
 
 from __future__ import annotations
@@ -81,6 +82,13 @@ def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
     return made
 
 
+def fullest(slots: dict[str, dict[str, float]]) -> str:
+    """The kind of slot that each kernel's longest loop uses most, and how much of it."""
+    kinds = ("MXU", "XLU", "VALU", "VLOAD", "VSTORE")
+    found = [max((kernel.get(kind, 0.0), kind) for kind in kinds) for kernel in slots.values()]
+    return ", ".join(f"{kind} {part:.0%}" for part, kind in found)
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Simulated times; decode over the time its weights need, prefill over XLA's bfloat16 product."""
     table = Table(
@@ -98,6 +106,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             "over weights",
         ),
         "over XLA bfloat16",
+        "fullest slots",
         title="simulated by libtpu's static profile: nothing was run",
     )
     xla = {
@@ -117,8 +126,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             *(f"{r[name]:.1f}" for name in ("simulated_us", "memory_us", "matrix_us", "us")),
             f"{r['us'] / r['weights_us']:.2f}",
             f"{r['us'] / other:.2f}" if other else "–",
+            fullest(r["slots"]),
         )
-    Console(width=170).print(table)
+    Console(width=200).print(table)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -165,7 +175,10 @@ def main() -> int:
         "--generations", nargs="+", choices=list(tiles.GENERATIONS), default=list(tiles.GENERATIONS)
     )
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "tpu_static.json")
+    parser.add_argument("--anew", action="store_true", help="forget what the JSON has")
     options = parser.parse_args()
+    if options.anew:
+        options.json.unlink(missing_ok=True)
     calls = {
         f"{operation} {generation} {m} {k} {n}": call_of(operation, generation, m, k, n)
         for generation in options.generations
