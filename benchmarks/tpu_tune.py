@@ -87,11 +87,18 @@ def main() -> int:
     )
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--most", type=int, default=4, help="candidates of each shape")
+    parser.add_argument(
+        "--most-features",
+        type=int,
+        default=2**31,
+        help="leave out shapes with more, which compile for minutes",
+    )
     parser.add_argument("--write", action="store_true", help="put the table into pallas_kernels/tiles.py")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "tpu_tune.json")
     options = parser.parse_args()
     calls: dict[str, Call] = {}
     shapes = sorted({site for name in options.models for site in MODELS[name].sites()})
+    shapes = [(k, n) for k, n in shapes if k <= options.most_features]
     for rows in options.rows:
         for generation in options.generations:
             for k, n in shapes:

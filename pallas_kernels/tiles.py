@@ -39,6 +39,8 @@ class Generation(NamedTuple):
     """Layout of a weight that decodes fastest."""
     halves: bool
     """Whether the vector unit computes in bfloat16."""
+    narrow: bool
+    """Whether float8 is multiplied with float8 at twice bfloat16's rate."""
     clock: float
     """Cycles a second, such that the matrix units give the published peak."""
     bandwidth: float
@@ -48,10 +50,10 @@ class Generation(NamedTuple):
 
 
 GENERATIONS: dict[str, Generation] = {
-    "v5e": Generation(100 * MIB, 60 * MIB, "bytes", False, 1.5e9, 819e9, 65536),
-    "v6e": Generation(100 * MIB, 60 * MIB, "bytes", True, 1.75e9, 1638e9, 262144),
+    "v5e": Generation(100 * MIB, 60 * MIB, "bytes", False, False, 1.5e9, 819e9, 65536),
+    "v6e": Generation(100 * MIB, 60 * MIB, "bytes", True, False, 1.75e9, 1638e9, 262144),
     "tpu7x": Generation(
-        44 * MIB, 30 * MIB, "float4", True, 2.2e9, 3686e9, 262144
+        44 * MIB, 30 * MIB, "float4", True, True, 2.2e9, 3686e9, 262144
     ),  # one of a chip's two cores
 }
 
@@ -76,7 +78,9 @@ def tpu_tiles(entry: Entry) -> Tiles:
 
 def make(device: str, rows: int, columns: int, rotated: int, features: int = 0) -> Tiles:
     """Tiles with what else depends on the generation."""
-    return Tiles(rows, columns, rotated, GENERATIONS[device].halves, features=features)
+    properties = GENERATIONS[device]
+    narrow = properties.narrow and features > 0
+    return Tiles(rows, columns, rotated, properties.halves, features=features, narrow=narrow)
 
 
 def limit(device: str, tiles: Tiles) -> int:

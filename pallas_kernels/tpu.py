@@ -68,6 +68,7 @@ class Tiles(NamedTuple):
     apart: whether the activations have to be in HBM before such a call.
     features: of a tile of the weight, where there are more rows: rotation and rounding are a call of their own then.
     0 for all features and one call.
+    narrow: whether rows that such a call rounded are multiplied as float8_e5m2 where all of them fit.
     """
 
     rows: int
@@ -77,6 +78,7 @@ class Tiles(NamedTuple):
     held: int = 2
     apart: bool = False
     features: int = 0
+    narrow: bool = False
 
 
 # ---------------------------------------------------------------- preparation
@@ -521,8 +523,20 @@ def _each_dot(parts: list[Any], tiles: list[Any]) -> list[Any]:
     return made + [_dot(p, t) for p, t in zip(parts[len(made) :], tiles[len(made) :], strict=True)]
 
 
-def _prologue(x_ref: Any, out_ref: Any, rotation: _Rotation, count: int, step: int) -> None:
-    """Rotate and round ``count`` rows into ``out_ref``, :func:`_packed`."""
+def _prologue(
+    x_ref: Any,
+    out_ref: Any,
+    rotation: _Rotation,
+    count: int,
+    step: int,
+    narrow: tuple[Any, Any] | None = None,
+) -> None:
+    """Rotate and round ``count`` rows into ``out_ref``, :func:`_packed`.
+
+    Args:
+      narrow: None, or for a float8_e5m2 ``out_ref`` what each row is multiplied with, ``[count, 128]``, and a
+        reference ``[8, 128]`` that is not 0 throughout afterwards if a value did not fit.
+    """
     stages = rotation.stages
     vectors = x_ref.shape[1] // LANES
     units = vectors >> (stages.inter or 0)
@@ -546,13 +560,22 @@ def _prologue(x_ref: Any, out_ref: Any, rotation: _Rotation, count: int, step: i
                 wide = _scales(parts, stages)
                 parts = [_round(z, s, stages.rule) for z, s in zip(parts, wide, strict=True)]
             for v, z in enumerate(parts, first << (stages.inter or 0)):
-                out_ref[to, v * LANES : (v + 1) * LANES] = _packed(z.astype(dtype))
+                at = slice(v * LANES, (v + 1) * LANES)
+                if narrow is None:
+                    out_ref[to, at] = _packed(z.astype(dtype))
+                    continue
+                z = z.astype(jnp.bfloat16) * narrow[0][rows, :]
+                small = z.astype(jnp.float8_e5m2)
+                out_ref[to, at] = small
+                lost = _packed(small.astype(jnp.bfloat16)) ^ _packed(z)  # what fits is exact
+                for row in range(0, lost.shape[0], 8):
+                    carry = carry | lost[row : row + 8]
         return carry
 
-    if count > step:
-        lax.fori_loop(0, count // step, body, 0)
-    else:
-        body(0, 0)
+    begin: Any = 0 if narrow is None else jnp.zeros((8, LANES), jnp.int32)
+    end = lax.fori_loop(0, count // step, body, begin) if count > step else body(0, begin)
+    if narrow is not None:
+        narrow[1][...] = end
 
 
 # ---------------------------------------------------------------- weights
@@ -686,33 +709,26 @@ def _many_rows_kernel(*refs: Any, stages: _Stages, kind: str, step: int, out_dty
     out_ref[...] = (total * f_ref[...]).astype(out_dtype)
 
 
-def _rounded_rows_kernel(*refs: Any, stages: _Stages, step: int) -> None:
+def _rounded_rows_kernel(*refs: Any, stages: _Stages, step: int, narrow: bool) -> None:
     """A tile of rows of some units' features; the units' rotation is made ready with the first one."""
     given = iter(refs[1:])
     x_ref = next(given)
+    power_ref = next(given) if narrow else None
     inter_ref = next(given) if stages.inter is not None else None
     intra_ref = next(given) if stages.intra is not None else None
     out_ref = next(given)
+    lost_ref = next(given) if narrow else None
     rotation = _take_rotation(stages, inter_ref, intra_ref, given, False)
     pl.when(pl.program_id(1) == 0)(rotation.prepare)
-    _prologue(x_ref, out_ref, rotation, x_ref.shape[0], step)
+    _prologue(x_ref, out_ref, rotation, x_ref.shape[0], step, (power_ref, lost_ref) if narrow else None)
 
 
-def _tiled_kernel(
-    layer_ref: Any,
-    x_ref: Any,
-    w_ref: Any,
-    e_ref: Any,
-    f_ref: Any,
-    out_ref: Any,
-    scale_ref: Any,
-    weight_ref: Any,
-    total_ref: Any,
-    *,
-    kind: str,
-    out_dtype: Any,
-) -> None:
-    """One tile of rows that are ready, one of outputs and one of features."""
+def _tiled_kernel(*refs: Any, kind: str, out_dtype: Any) -> None:
+    """One tile of rows that are ready, one of outputs and one of features; float8 rows come with their factors."""
+    given = iter(refs[1:])  # the first is the layer, which the blocks have been chosen by
+    x_ref, w_ref, e_ref, f_ref = (next(given) for _ in range(4))
+    factor_ref = next(given) if x_ref.dtype == jnp.float8_e5m2 else None
+    out_ref, scale_ref, weight_ref, total_ref = given
     size = weight_ref.shape[0]
     scale_ref[...] = _spread_exponents(e_ref[...])
     for first in range(0, size, _CHUNK):
@@ -732,7 +748,10 @@ def _tiled_kernel(
     @pl.when(index == last)
     def _() -> None:
         whole = jnp.where(index > 0, total_ref[...] + product, product)
-        out_ref[...] = (whole * f_ref[...]).astype(out_dtype)
+        factor = f_ref[...]
+        if factor_ref is not None:
+            factor = jnp.concatenate([factor_ref[...]] * (whole.shape[1] // LANES), axis=1) * factor
+        out_ref[...] = (whole * factor).astype(out_dtype)
 
 
 def _multiply(x: Any, weight: Any) -> Any:
@@ -778,7 +797,7 @@ def rotate_quantize_matmul(
     one = jax.tree.map(lambda a: a if layer is None else jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rotation)
     full, columns = weight.words.shape[-2] * 8, weight.words.shape[-1]
     stages = _check(x, full, one, rule, tiles.halves)
-    row_tile, step = _row_sizes(rows, tiles)
+    row_tile, step = _row_sizes(rows, tiles, 32 if tiles.narrow else 16)
     more = -(-rows // row_tile) * row_tile - rows
     if more or full > size:
         x = jnp.pad(x, ((0, more), (0, full - size)))
@@ -833,38 +852,63 @@ def rotate_quantize_matmul(
     if tiles.features:
         # XLA would keep as much of all rows in VMEM as it can, beside what the kernels take.
         aside = (lambda a: a) if interpret else (lambda a: pltpu.with_memory_space_constraint(a, pltpu.HBM))
-        x = aside(x)
-        if stages.any:
-            x = aside(_rounded_rows(x, matrices, layer, stages, step, interpret, vmem_limit, f"{name}_rows"))
         depth = tiled_features(tiles, full)
-        words = row_tile // 2 if x.dtype == jnp.int32 else row_tile
-        y = pl.pallas_call(
-            functools.partial(_tiled_kernel, kind=kind, out_dtype=shape.dtype),
-            out_shape=shape,
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=1,
-                grid=(shape.shape[0] // row_tile, pl.cdiv(columns, column_tile), full // depth),
-                in_specs=[
-                    pl.BlockSpec((words, depth), lambda m, n, k, layer: (m, k)),
-                    *(
-                        pl.BlockSpec((None, size, column_tile), lambda m, n, k, layer: (layer[0], k, n))
-                        for size in (depth // 8, depth // BLOCK)
-                    ),
-                    pl.BlockSpec((None, 1, column_tile), lambda m, n, k, layer: (layer[0], 0, n)),
-                ],
-                out_specs=pl.BlockSpec((row_tile, column_tile), lambda m, n, k, layer: (m, n)),
-                scratch_shapes=[
-                    pltpu.VMEM((depth // BLOCK, column_tile), jnp.int32),
-                    pltpu.VMEM((depth, column_tile), jnp.float8_e5m2),
-                    pltpu.VMEM((row_tile, column_tile), jnp.float32),
-                ],
-            ),
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_limit
-            ),
+        rounded = functools.partial(
+            _rounded_rows,
+            matrices=matrices,
+            layer=layer,
+            stages=stages,
+            step=step,
             interpret=interpret,
-            name=name,
-        )(layer, x, *operands[:3])
+            limit=vmem_limit,
+            name=f"{name}_rows",
+        )
+
+        def product(x: Any, *factors: Any) -> Any:
+            words = row_tile // 2 if x.dtype == jnp.int32 else row_tile
+            return pl.pallas_call(
+                functools.partial(_tiled_kernel, kind=kind, out_dtype=shape.dtype),
+                out_shape=shape,
+                grid_spec=pltpu.PrefetchScalarGridSpec(
+                    num_scalar_prefetch=1,
+                    grid=(shape.shape[0] // row_tile, pl.cdiv(columns, column_tile), full // depth),
+                    in_specs=[
+                        pl.BlockSpec((words, depth), lambda m, n, k, layer: (m, k)),
+                        *(
+                            pl.BlockSpec((None, size, column_tile), lambda m, n, k, layer: (layer[0], k, n))
+                            for size in (depth // 8, depth // BLOCK)
+                        ),
+                        pl.BlockSpec((None, 1, column_tile), lambda m, n, k, layer: (layer[0], 0, n)),
+                        *(pl.BlockSpec((row_tile, LANES), lambda m, n, k, layer: (m, 0)) for _ in factors),
+                    ],
+                    out_specs=pl.BlockSpec((row_tile, column_tile), lambda m, n, k, layer: (m, n)),
+                    scratch_shapes=[
+                        pltpu.VMEM((depth // BLOCK, column_tile), jnp.int32),
+                        pltpu.VMEM((depth, column_tile), jnp.float8_e5m2),
+                        pltpu.VMEM((row_tile, column_tile), jnp.float32),
+                    ],
+                ),
+                compiler_params=pltpu.CompilerParams(
+                    dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_limit
+                ),
+                interpret=interpret,
+                name=f"{name}_float8" if factors else name,
+            )(layer, x, *operands[:3], *factors)
+
+        def wide(x: Any) -> Any:
+            return product(aside(rounded(x)) if stages.any else x)
+
+        if not tiles.narrow or stages.rule is None:
+            return wide(aside(x))[:rows]
+        power, back = _row_powers(x)
+        small, lost = rounded(aside(x), power=power)
+        y = lax.cond(
+            jnp.any(lost != 0),
+            lambda x, small: wide(aside(x)),
+            lambda x, small: product(aside(small), back),
+            x,
+            small,
+        )
         return y[:rows]
     whole = [_whole(a.shape[1:], lambda m, n, layer: layer[0]) for a in matrices]
     y = pl.pallas_call(
@@ -905,8 +949,33 @@ def units_together(vectors: int, t: int) -> int:
     return max(n for n in range(1, max(1, _TOGETHER >> t) + 1) if units % n == 0) << t
 
 
+def _row_powers(x: Any) -> tuple[Any, Any]:
+    """Powers of two that bring each row's magnitudes near 1, bfloat16, and their inverses, float32: ``[M, 128]``.
+
+    By the largest of some features, since reading all of them would take as long as a fifth of the rotation does.
+    float8_e5m2 holds MXFP4 values of block scales from 2**-15 to 2**13, so there is room for outliers among the
+    others and for small blocks; what does not fit is seen.
+    """
+    some = x[:, : min(x.shape[1], 4 * LANES)].astype(jnp.float32)
+    amax = jnp.max(jnp.abs(some), axis=-1, keepdims=True)
+    _, exponent = jnp.frexp(amax)  # of zero it is 0
+    exponent = jnp.where(jnp.isfinite(amax), exponent, 0)
+    powers = (jnp.ldexp(jnp.float32(1), jnp.clip(-s * exponent, -126, 126)) for s in (1, -1))
+    power, back = (jnp.broadcast_to(p, (x.shape[0], LANES)) for p in powers)
+    return power.astype(jnp.bfloat16), back
+
+
 def _rounded_rows(
-    x: Any, matrices: list[Any], layer: Any, stages: _Stages, step: int, interpret: Any, limit: Any, name: str
+    x: Any,
+    *,
+    matrices: list[Any],
+    layer: Any,
+    stages: _Stages,
+    step: int,
+    interpret: Any,
+    limit: Any,
+    name: str,
+    power: Any = None,
 ) -> Any:
     """Rows rotated and rounded, ``[M, K]``: float32, or bfloat16 as :func:`_packed` has it, ``[M / 2, K]`` int32.
 
@@ -914,6 +983,8 @@ def _rounded_rows(
       x: ``[M, K]``, of whole tiles and whole vectors.
       matrices: those of the rotation that exist, each with a leading axis of layers.
       layer, stages, step: as the kernels take them.
+      power: None, or what each row is multiplied with, ``[M, 128]``. The rows are float8_e5m2 then, and an array
+        comes with them that is not 0 throughout if one of them did not fit.
     """
     count, size = x.shape
     t = stages.inter or 0
@@ -939,22 +1010,35 @@ def _rounded_rows(
     scratch = _rotation_scratch(TPURotation(*one), stages, vectors * LANES, False)
     wide = x.dtype == jnp.float32 and stages.rule is None
     fewer, dtype = (1, jnp.float32) if wide else (2, jnp.int32)
+    powers = []
+    if power is not None:
+        fewer, dtype, powers = 1, jnp.float8_e5m2, [power]
+    grid = (size // LANES // vectors, count // rows)
+    out_shape: Any = jax.ShapeDtypeStruct((count // fewer, size), dtype)
+    out_specs: Any = pl.BlockSpec((rows // fewer, vectors * LANES), lambda u, m, layer: (m, u))
+    if powers:
+        out_shape = [out_shape, jax.ShapeDtypeStruct((*grid, 8, LANES), jnp.int32)]
+        out_specs = [out_specs, pl.BlockSpec((None, None, 8, LANES), lambda u, m, layer: (u, m, 0, 0))]
     return pl.pallas_call(
-        functools.partial(_rounded_rows_kernel, stages=stages, step=step),
-        out_shape=jax.ShapeDtypeStruct((count // fewer, size), dtype),
+        functools.partial(_rounded_rows_kernel, stages=stages, step=step, narrow=bool(powers)),
+        out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(size // LANES // vectors, count // rows),
-            in_specs=[pl.BlockSpec((rows, vectors * LANES), lambda u, m, layer: (m, u)), *specs],
-            out_specs=pl.BlockSpec((rows // fewer, vectors * LANES), lambda u, m, layer: (m, u)),
+            grid=grid,
+            in_specs=[
+                pl.BlockSpec((rows, vectors * LANES), lambda u, m, layer: (m, u)),
+                *(pl.BlockSpec((rows, LANES), lambda u, m, layer: (m, 0)) for _ in powers),
+                *specs,
+            ],
+            out_specs=out_specs,
             scratch_shapes=scratch,
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=limit
         ),
         interpret=interpret,
-        name=name,
-    )(layer, x, *matrices)
+        name=f"{name}_float8" if powers else name,
+    )(layer, x, *powers, *matrices)
 
 
 def _whole(shape: tuple[int, ...], layer: Any = None) -> pl.BlockSpec:
@@ -965,9 +1049,9 @@ def _whole(shape: tuple[int, ...], layer: Any = None) -> pl.BlockSpec:
     return pl.BlockSpec((None, *shape), lambda *at: (layer(*at), *zeros))
 
 
-def _row_sizes(rows: int, tiles: Tiles) -> tuple[int, int]:
-    """Rows of a tile and rows rotated at once, which divide them; multiples of 16, as bfloat16 is packed."""
-    row_tile = min(tiles.rows, -(-rows // 16) * 16)
+def _row_sizes(rows: int, tiles: Tiles, packed: int = 16) -> tuple[int, int]:
+    """Rows of a tile and rows rotated at once, which divide them; multiples of 16 (bfloat16) or 32 (float8)."""
+    row_tile = min(tiles.rows, -(-rows // packed) * packed)
     step = min(tiles.rotated, row_tile)
     return -(-row_tile // step) * step, step
 

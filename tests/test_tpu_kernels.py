@@ -1,5 +1,7 @@
 """The TPU kernels in Pallas's interpretation: codes bit by bit, products, special values, errors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,8 +70,51 @@ APART = [
 
 
 @pytest.mark.parametrize("m, k, n, inter, intra, rule, dtype, kind", APART)
-def test_many_rows_in_two_calls(m, k, n, inter, intra, rule, dtype, kind):
-    check_exact(m, k, n, inter, intra, rule, dtype, kind, 256, True, features=256)
+@pytest.mark.parametrize("narrow", [False, True])
+def test_many_rows_in_two_calls(m, k, n, inter, intra, rule, dtype, kind, narrow):
+    check_exact(m, k, n, inter, intra, rule, dtype, kind, 256, True, features=256, narrow=narrow)
+
+
+def ordinary(x):
+    """Rows in all magnitudes, an outlier, a quiet block, zeros."""
+    x = x.at[3, 300].multiply(1000).at[5, 32:64].multiply(2.0**-12).at[7].set(0).at[:, 64:96].set(0)
+    return (x * jnp.exp2(jnp.arange(140.0) - 70)[:, None]).at[9].multiply(2.0**150)
+
+
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        (ordinary, True),
+        (lambda x: x.at[5, 32:64].multiply(2.0**-40), False),
+        (lambda x: x.at[5, :512].multiply(2.0**-40), False),  # by these features a row is measured
+        (lambda x: x.at[5, 7].set(jnp.nan), None),  # either way
+    ],
+)
+def test_rows_that_do_not_fit_float8_are_multiplied_in_bfloat16(change, fits, monkeypatch):
+    x, _, intra, w = exact_case(140, 640, 128, None, (32, 32), BF16)
+    x, taken, both = change(x.astype(F32)).astype(BF16), [], jax.lax.cond
+
+    def cond(lost, *rest):
+        taken.append(not lost)
+        return both(lost, *rest)
+
+    monkeypatch.setattr(tpu.lax, "cond", cond)
+    run = functools.partial(
+        tpu.rotate_quantize_matmul,
+        x,
+        layout.to_tpu(w.codes, w.scales),
+        tpu.prepare_rotation(None, intra, 640),
+        rule="even",
+        interpret=True,
+    )
+    made, plain = (
+        np.asarray(run(tiles=tpu.Tiles(256, 256, 64, features=256, narrow=n)), np.float32)
+        for n in (True, False)
+    )
+    assert len(taken) == 1 and (fits is None or taken == [fits])
+    # Powers of two aside the same products, summed in the same order.
+    np.testing.assert_array_equal(made, plain)
+    assert np.isnan(made[5]).any() == bool(jnp.isnan(x).any())
 
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[3]])
@@ -77,7 +122,7 @@ def test_the_tpu_interpreter_agrees(case):
     check_exact(*case, pltpu.InterpretParams())
 
 
-def check_exact(m, k, n, inter, intra, rule, dtype, kind, rows, interpret, features=0):
+def check_exact(m, k, n, inter, intra, rule, dtype, kind, rows, interpret, features=0, narrow=False):
     x, inter, intra, w = exact_case(m, k, n, inter, intra, dtype)
     rotation = tpu.prepare_rotation(inter, intra, k, dtype=jnp.dtype(dtype))
     z = reference.rotate(x, inter, intra)
@@ -91,7 +136,7 @@ def check_exact(m, k, n, inter, intra, rule, dtype, kind, rows, interpret, featu
         layout.to_tpu(w.codes, w.scales, kind),
         rotation,
         rule=rule,
-        tiles=tpu.Tiles(rows, 256, 64 if rows > 64 else 32, features=features),
+        tiles=tpu.Tiles(rows, 256, 64 if rows > 64 else 32, features=features, narrow=narrow),
         kind=kind,
         interpret=interpret,
     )[:, :n]
