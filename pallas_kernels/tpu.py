@@ -950,7 +950,8 @@ def units_together(vectors: int, t: int) -> int:
 
 
 def _row_powers(x: Any) -> tuple[Any, Any]:
-    """Powers of two that bring each row's magnitudes near 1, bfloat16, and their inverses, float32: ``[M, 128]``.
+    """Powers of two that bring each row's largest magnitude to 4 to 8, and their inverses: ``[M, 128]``, bfloat16 and
+    float32.
 
     By the largest of some features, since reading all of them would take as long as a fifth of the rotation does.
     float8_e5m2 holds MXFP4 values of block scales from 2**-15 to 2**13, so there is room for outliers among the
@@ -960,7 +961,7 @@ def _row_powers(x: Any) -> tuple[Any, Any]:
     amax = jnp.max(jnp.abs(some), axis=-1, keepdims=True)
     _, exponent = jnp.frexp(amax)  # of zero it is 0
     exponent = jnp.where(jnp.isfinite(amax), exponent, 0)
-    powers = (jnp.ldexp(jnp.float32(1), jnp.clip(-s * exponent, -126, 126)) for s in (1, -1))
+    powers = (jnp.ldexp(jnp.float32(1), jnp.clip(s * (3 - exponent), -126, 126)) for s in (1, -1))
     power, back = (jnp.broadcast_to(p, (x.shape[0], LANES)) for p in powers)
     return power.astype(jnp.bfloat16), back
 
