@@ -38,6 +38,9 @@ from pallas_kernels import layout, tiles, tpu
 PATIENCE = 120
 """Seconds that a compilation may take."""
 
+_UNASSIGNED = "unassigned"
+"""The error of a program whose kernels were profiled, but which had no room in VMEM with the profiler at work."""
+
 _DUMPED = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final.*"
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -79,13 +82,21 @@ def simulate(
     left, done = list(calls), []
     what = "the compiler or its profiler" if profile else "the compiler"
     ended = {"error": f"{what} gave up, or took more than {PATIENCE} s"}
+
+    def kept(call: Call, result: dict[str, Any]) -> dict[str, Any]:
+        if (error := result.pop(_UNASSIGNED, None)) is None:
+            return result
+        # XLA gives the same program less of VMEM without the profiler: the kernels' cycles count if that compiles.
+        [plain] = simulate([call], profile=False)
+        return result | {"compiled_without_profiler": True} if "compiled" in plain else {"error": error}
+
     while left:
         for result in itertools.chain(_child(left.copy(), profile), [ended]):
             if left:  # else the child has answered for all
-                done.append(result)
                 call = left.pop(0)
+                done.append(kept(call, result))
                 if shown:
-                    shown(call, result)
+                    shown(call, done[-1])
     return done
 
 
@@ -263,14 +274,18 @@ def _counts(operation: str) -> bool:
     return not operation.startswith("add")
 
 
+def _taken(kernels: dict[str, Any]) -> dict[str, Any]:
+    """Of the two ways that activations may take on tpu7x, that of those which fit float8."""
+    narrow = any("_float8" in kernel for kernel in kernels)
+    return {k: v for k, v in kernels.items() if not (narrow and k.startswith("torq_") and "_float8" not in k)}
+
+
 def _cycles(folder: Path) -> int | None:
     found = {}
     for name in folder.glob("*.textproto"):
         each = re.findall(r'hlo_op_name: "([^"]*)"\s+estimated_cycles: (\d+)', name.read_text())
         found.update({kernel: int(cycles) for kernel, cycles in each if _counts(kernel)})
-    if any("_float8" in kernel for kernel in found):
-        # Of the two ways that activations may take, that of those which fit float8.
-        found = {k: cycles for k, cycles in found.items() if not k.startswith("torq_") or "_float8" in k}
+    found = _taken(found)
     if 0 in found.values():  # the profile gave this kernel up, and says so in no other way
         return None
     return sum(found.values()) or None
@@ -302,7 +317,8 @@ def slots(folder: Path) -> dict[str, dict[str, float]]:
         parts = chosen.mean(0) / np.array(capacity.split(), int)
         named = zip(names.split(", "), parts.tolist(), strict=True)
         found[kernel] = {"bundles": len(chosen)} | {name: round(part, 3) for name, part in named if part}
-    return found
+    ours = {k: v for k, v in _taken(found).items() if k.startswith("torq_")}
+    return ours or found
 
 
 def main() -> int:
@@ -325,6 +341,9 @@ def main() -> int:
                 result = {"error": "no profile was written, or none of a kernel"}
         except Exception as error:  # whatever the compiler says is the result of this call
             result = {"error": " ".join(str(error).split())[:300]}
+            cycles = _cycles(folder) if folder else None
+            if folder and cycles and "RESOURCE_EXHAUSTED" in result["error"]:
+                result = {"cycles": cycles, "slots": slots(folder), _UNASSIGNED: result["error"]}
         print(json.dumps(result | {"seconds": round(time.monotonic() - begun, 1)}), flush=True)
     return 0
 
