@@ -950,7 +950,7 @@ def units_together(vectors: int, t: int) -> int:
 
 
 def _row_powers(x: Any) -> tuple[Any, Any]:
-    """Powers of two that bring each row's largest magnitude to 4 to 8, and their inverses: ``[M, 128]``, bfloat16 and
+    """Powers of two that bring each row's largest magnitude to 16 to 32, and their inverses: ``[M, 128]``, bfloat16 and
     float32.
 
     By the largest of some features, since reading all of them would take as long as a fifth of the rotation does.
@@ -961,7 +961,7 @@ def _row_powers(x: Any) -> tuple[Any, Any]:
     amax = jnp.max(jnp.abs(some), axis=-1, keepdims=True)
     _, exponent = jnp.frexp(amax)  # of zero it is 0
     exponent = jnp.where(jnp.isfinite(amax), exponent, 0)
-    powers = (jnp.ldexp(jnp.float32(1), jnp.clip(s * (3 - exponent), -126, 126)) for s in (1, -1))
+    powers = (jnp.ldexp(jnp.float32(1), jnp.clip(s * (5 - exponent), -126, 126)) for s in (1, -1))
     power, back = (jnp.broadcast_to(p, (x.shape[0], LANES)) for p in powers)
     return power.astype(jnp.bfloat16), back
 
