@@ -950,8 +950,8 @@ def units_together(vectors: int, t: int) -> int:
 
 
 def _row_powers(x: Any) -> tuple[Any, Any]:
-    """Powers of two that bring each row's largest magnitude to 16 to 32, and their inverses: ``[M, 128]``, bfloat16 and
-    float32.
+    """Powers of two that bring each row's largest magnitude to 16 to 32, and their inverses: ``[M, 128]``, bfloat16
+    and float32.
 
     By the largest of some features, since reading all of them would take as long as a fifth of the rotation does.
     float8_e5m2 holds MXFP4 values of block scales from 2**-15 to 2**13, so there is room for outliers among the
