@@ -86,7 +86,7 @@ def simulate(
     def kept(call: Call, result: dict[str, Any]) -> dict[str, Any]:
         if (error := result.pop(_UNASSIGNED, None)) is None:
             return result
-        # XLA gives the same program less of VMEM without the profiler: the kernels' cycles count if that compiles.
+        # With the profiler at work XLA keeps more of a program in VMEM: the cycles count if it compiles without.
         [plain] = simulate([call], profile=False)
         return result | {"compiled_without_profiler": True} if "compiled" in plain else {"error": error}
 
@@ -139,6 +139,7 @@ def _child(calls: list[Call], profile: bool) -> Iterator[dict[str, Any]]:
         )
         environment = os.environ | {
             "LIBTPU_INIT_ARGS": f"{dump}--xla_tpu_check_llo_types=false",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # a program may be compiled without the profiler meanwhile
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_ACCELERATOR_TYPE": "v5litepod-4",
             "TPU_WORKER_HOSTNAMES": "localhost",
@@ -321,6 +322,11 @@ def slots(folder: Path) -> dict[str, dict[str, float]]:
     return ours or found
 
 
+def _profiled(folder: Path) -> dict[str, Any]:
+    cycles = _cycles(folder)
+    return {"cycles": cycles, "slots": slots(folder)} if cycles else {}
+
+
 def main() -> int:
     """The child: calls as JSON on its input, a line of JSON for each on its output; profiles go to a given folder."""
     folder = Path(sys.argv[1]) if sys.argv[1:] else None
@@ -332,18 +338,12 @@ def main() -> int:
         result: dict[str, Any]
         try:
             _compile(call)
-            cycles = _cycles(folder) if folder else None
-            if not folder:
-                result = {"compiled": True}
-            elif cycles:
-                result = {"cycles": cycles, "slots": slots(folder)}
-            else:
-                result = {"error": "no profile was written, or none of a kernel"}
+            result = _profiled(folder) if folder else {"compiled": True}
+            result = result or {"error": "no profile was written, or none of a kernel"}
         except Exception as error:  # whatever the compiler says is the result of this call
-            result = {"error": " ".join(str(error).split())[:300]}
-            cycles = _cycles(folder) if folder else None
-            if folder and cycles and "RESOURCE_EXHAUSTED" in result["error"]:
-                result = {"cycles": cycles, "slots": slots(folder), _UNASSIGNED: result["error"]}
+            said = " ".join(str(error).split())[:300]
+            known = _profiled(folder) if folder and "RESOURCE_EXHAUSTED" in said else {}
+            result = known | {_UNASSIGNED: said} if known else {"error": said}
         print(json.dumps(result | {"seconds": round(time.monotonic() - begun, 1)}), flush=True)
     return 0
 

@@ -52,7 +52,8 @@ def floors(call: Call) -> dict[str, float]:
     properties = tiles.GENERATIONS[call.generation]
     bits = 16 if "bf16" in call.operation else 8 if call.operation == "qwix_int8" else 4.25
     matrices = sum(math.prod(shape) for shape in (call.inter, call.intra) if shape is not None)
-    moved = call.k * call.n * bits / 8 + 2 * (call.m * call.k + call.m * call.n + matrices)
+    width = 4 if call.operation == "qwix_int8" else 2  # of an activation that enters
+    moved = call.k * call.n * bits / 8 + width * call.m * call.k + 2 * (call.m * call.n + matrices)
     return {
         "bytes": moved,
         "memory_us": moved / properties.bandwidth * 1e6,

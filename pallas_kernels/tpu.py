@@ -3,7 +3,7 @@ tpu7x.
 
 The weight enters the matrix unit as float8_e5m2 with each block's scale in its exponent
 (:mod:`pallas_kernels.layout` says why that is exact), beside bfloat16 activations whose values are exact MXFP4
-values. Products are exact, sums are float32.
+values; many rows on tpu7x enter as float8_e5m2, too, where all of them fit. Products are exact, sums are float32.
 
 The rotation works on whole vectors of 128 features, four blocks each. The stage inside the blocks is a product
 with tiles of 128 x 128 that hold four blocks' matrices on their diagonal. The stage between blocks first
@@ -797,7 +797,7 @@ def rotate_quantize_matmul(
     one = jax.tree.map(lambda a: a if layer is None else jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rotation)
     full, columns = weight.words.shape[-2] * 8, weight.words.shape[-1]
     stages = _check(x, full, one, rule, tiles.halves)
-    row_tile, step = _row_sizes(rows, tiles, 32 if tiles.narrow else 16)
+    row_tile, step = _row_sizes(rows, tiles)
     more = -(-rows // row_tile) * row_tile - rows
     if more or full > size:
         x = jnp.pad(x, ((0, more), (0, full - size)))
@@ -957,7 +957,7 @@ def _row_powers(x: Any) -> tuple[Any, Any]:
     float8_e5m2 holds MXFP4 values of block scales from 2**-15 to 2**13, so there is room for outliers among the
     others and for small blocks; what does not fit is seen.
     """
-    some = x[:, : min(x.shape[1], 4 * LANES)].astype(jnp.float32)
+    some = x[:, : 4 * LANES].astype(jnp.float32)
     amax = jnp.max(jnp.abs(some), axis=-1, keepdims=True)
     _, exponent = jnp.frexp(amax)  # of zero it is 0
     exponent = jnp.where(jnp.isfinite(amax), exponent, 0)
@@ -1050,8 +1050,9 @@ def _whole(shape: tuple[int, ...], layer: Any = None) -> pl.BlockSpec:
     return pl.BlockSpec((None, *shape), lambda *at: (layer(*at), *zeros))
 
 
-def _row_sizes(rows: int, tiles: Tiles, packed: int = 16) -> tuple[int, int]:
+def _row_sizes(rows: int, tiles: Tiles) -> tuple[int, int]:
     """Rows of a tile and rows rotated at once, which divide them; multiples of 16 (bfloat16) or 32 (float8)."""
+    packed = 32 if tiles.narrow else 16
     row_tile = min(tiles.rows, -(-rows // packed) * packed)
     step = min(tiles.rotated, row_tile)
     return -(-row_tile // step) * step, step
