@@ -130,7 +130,9 @@ def test_only_v_s_transform_is_folded_where_the_rest_runs_online(tmp_path):
     assert np.isfinite(logits).all()
 
 
-@pytest.mark.parametrize(("name", "rounding"), [("llama3", "gptq"), ("qwen3-tied", "two_sided")])
+@pytest.mark.parametrize(
+    ("name", "rounding"), [("llama3", "gptq"), ("qwen3", "two_sided"), ("qwen3-tied", "gptq")]
+)
 @pytest.mark.once
 def test_folded_only_runs_nothing_online(name, rounding, tmp_path, text):  # noqa: F811
     out = tmp_path / "out"

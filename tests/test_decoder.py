@@ -270,6 +270,8 @@ def packed_model(places, layers=5):
 @pytest.mark.parametrize(
     ("places", "lengths"),
     [
+        (set(), (5,)),
+        ({(0, "mlp_out")}, (1, 4)),
         ({(1, "mlp_out"), (2, "mlp_out"), (2, "attn_in"), (4, "attn_out")}, (1, 1, 1, 1, 1)),
         ({(2, "mlp_in"), (3, "mlp_in")}, (2, 2, 1)),
     ],
