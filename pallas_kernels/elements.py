@@ -23,6 +23,12 @@ def bits(z: Any) -> Any:
     return lax.bitcast_convert_type(z, jnp.int32)
 
 
+def as_bfloat16(z: Any) -> Any:
+    """float32 rounded to what bfloat16 holds, ties to even; as bits in between, so that no compiler leaves it out."""
+    upper = lax.bitcast_convert_type(z.astype(jnp.bfloat16), jnp.uint16)
+    return lax.bitcast_convert_type(upper.astype(jnp.uint32) << 16, jnp.float32)
+
+
 def scale_code(amax: Any, rule: str) -> Any:
     """E8M0 codes, int32: of blocks whose largest magnitudes have the float32 patterns ``amax``, int32.
 

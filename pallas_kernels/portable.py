@@ -216,6 +216,8 @@ def _activation_kernel(
         if rule is None:
             outputs[0][:, i, :] = z.astype(outputs[0].dtype)
             return
+        if dtype == jnp.bfloat16:
+            z = elements.as_bfloat16(z)
         amax = jnp.max(elements.bits(z) & 0x7FFFFFFF, axis=1)  # [M]; patterns are ordered as magnitudes are
         scale = elements.scale_code(amax, rule)
         code = elements.encode(z, scale[:, None], amax[:, None])

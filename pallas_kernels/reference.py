@@ -33,9 +33,9 @@ def by_position(shape: tuple[int, ...], blocks: int) -> bool:
 
 
 def rotate(x: Float[Array, "m k"], inter: Any, intra: Any) -> Float[Array, "m k"]:
-    """Both stages of a rotation, in any of their shapes; float32.
+    """Both stages of a rotation, in any of their shapes; float32, of values that the dtype of ``x`` holds.
 
-    Products are summed in float32; with bfloat16 activations the first stage's result is rounded to bfloat16.
+    Products are summed in float32; with bfloat16 activations each stage's result is rounded to bfloat16.
     """
     dtype, (rows, size) = x.dtype, x.shape
     blocks = size // BLOCK
@@ -53,7 +53,9 @@ def rotate(x: Float[Array, "m k"], inter: Any, intra: Any) -> Float[Array, "m k"
         each = y.astype(dtype).reshape(rows, blocks, BLOCK)
         spec = "mbk,kl->mbl" if intra.ndim == 2 else "mbk,bkl->mbl"
         y = _einsum(spec, each, intra, dtype).reshape(rows, size)
-    return y.astype(jnp.float32)
+    y = y.astype(jnp.float32)
+    # Not by a cast there and back, which a compiler may leave out.
+    return lax.reduce_precision(y, 8, 7) if dtype == jnp.bfloat16 else y
 
 
 def _einsum(spec: str, x: Any, matrix: Any, dtype: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -108,6 +109,17 @@ def test_elements_are_those_of_mxfp4_for_every_kind_of_pattern(rule):
     np.testing.assert_array_equal(
         np.asarray(value).view(np.int32)[finite], np.asarray(expected).view(np.int32)[finite]
     )
+
+
+def test_bfloat16_on_patterns_is_the_cast():
+    upper = np.arange(1 << 16, dtype=np.uint32) << 16
+    z = np.concatenate([upper | low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]).view(np.float32)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        want = z.astype(ml_dtypes.bfloat16).astype(np.float32)
+    got = np.asarray(jax.jit(elements.as_bfloat16)(z))
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    number = ~np.isnan(want)
+    np.testing.assert_array_equal(got[number].view(np.uint32), want[number].view(np.uint32))
 
 
 def test_quick_decoding_is_exact_for_every_code_and_scale():
