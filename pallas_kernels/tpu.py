@@ -14,15 +14,16 @@ Exchanging bits h of a lane with bits v of a vector's number takes no lane rotat
 the lanes of vector v stand at ``h ^ v``, the exchange is a choice between vectors, lane by lane, and its result
 stands at ``h ^ v`` again. Tiles that have their rows and columns in that order take and leave the vectors so.
 
-Arithmetic of bfloat16 activations: the products of each stage are summed in float32, the first stage's result
-is rounded to bfloat16, the second's is quantised as it is. float32 activations stay float32 throughout.
+Arithmetic of bfloat16 activations: the products of each stage are summed in float32 and the results rounded to
+bfloat16, the second stage's before it is quantised. float32 activations stay float32 throughout.
 :mod:`pallas_kernels.reference` computes the same with jax.numpy.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -39,19 +40,22 @@ RESIDENT_ROWS = 128
 """Up to this many rows the weight streams through VMEM and is multiplied as it is decoded. With more, tiles of rows
 and of the weight form a grid, and a tile of the weight is decoded into VMEM before it is multiplied."""
 
-ROUNDED_ROWS = 256
+ROUNDED_ROWS = 512
 """Rows of a tile where rotation and rounding are a call of their own."""
 
 _CHUNK = 512  # rows of K decoded at once
+_RUN = 4096 * 2048  # weights that one run of instructions decodes, of few rows
 _PAIRED_ROWS = 32  # up to these, two vectors are multiplied at once
-_TOGETHER = 32  # vectors of 128 features rounded at once, of many rows; one of them for each lane of a block
+_TOGETHER = 32  # vectors of 128 features in a tile, where rotation and rounding are a call of their own
+_ABREAST = 8  # vectors that take each step together, of many rows; units of the rotation stay whole
 
 
 class TPURotation(NamedTuple):
     """A two-level rotation as the kernels read it: float32, or int32 words of two bfloat16 rows, the first one low.
 
     inter: None or ``[U, 2**t, R, 128]`` (words: half the rows): for each of ``U`` groups of ``128 * 2**t`` features
-    the tiles' rows that differ, ``R = max(16, 4 * 2**t)``, rows and lanes of tile v at ``h ^ v``.
+    the tiles' rows that differ, ``R = max(16, 4 * 2**t)``, rows and lanes of tile v at ``h ^ v``. Where those are not
+    all 128 of a tile, row r of a group shares its words with row ``r + R/2``, not with the next one.
     intra: None, ``[32, 128]`` for one matrix, or ``[32, K]``: ``intra[k, 32 b + k']`` of block b (words: 16 rows),
     rows of vector v at ``h ^ v`` where a stage between blocks comes before.
     """
@@ -63,7 +67,7 @@ class TPURotation(NamedTuple):
 class Tiles(NamedTuple):
     """How a call works: rows of activations and columns of the weight in a tile, rows rotated at once.
 
-    halves: whether bfloat16 vectors are compared as such, two rows to a lane (v6e and later have the instructions).
+    halves: whether bfloat16 is computed with as such, two rows to a lane (v6e and later have the instructions).
     held: tiles of the weight in VMEM at once, where all rows are in one tile of :data:`RESIDENT_ROWS` at most.
     apart: whether the activations have to be in HBM before such a call.
     features: of a tile of the weight, where there are more rows: rotation and rounding are a call of their own then.
@@ -117,7 +121,7 @@ def prepare_rotation(inter: Any, intra: Any, features: int, dtype: Any = jnp.bfl
                 f"{features // BLOCK}: rotate between blocks before the call, or solve with group=a power of two"
             )
         t = found
-        made = _stored(_inter_rows(inter, features // BLOCK, vectors, t), dtype)
+        made = _stored(_inter_rows(inter, features // BLOCK, vectors, t), dtype, halves=t < 5)
     if intra is not None:
         if intra.ndim == 2 and t:
             intra = jnp.broadcast_to(intra, (features // BLOCK, BLOCK, BLOCK))
@@ -131,14 +135,16 @@ def prepare_rotation(inter: Any, intra: Any, features: int, dtype: Any = jnp.bfl
     return TPURotation(made, intra)
 
 
-def _stored(rows: Any, dtype: Any) -> Any:
+def _stored(rows: Any, dtype: Any, halves: bool = False) -> Any:
     """Rows as :class:`TPURotation` has them. Words, since VMEM keeps bfloat16 in halves of a vector, eight rows each,
-    which cost a second access and a merge."""
+    which cost a second access and a merge. With ``halves`` a word has a row of the first half and its like of the
+    second, else two that follow each other."""
     rows = rows.astype(dtype)
     if dtype == jnp.float32:
         return rows
     bits = lax.bitcast_convert_type(rows, jnp.uint16).astype(jnp.uint32)
-    return lax.bitcast_convert_type(bits[..., ::2, :] | (bits[..., 1::2, :] << 16), jnp.int32)
+    low, high = jnp.split(bits, 2, axis=-2) if halves else (bits[..., ::2, :], bits[..., 1::2, :])
+    return lax.bitcast_convert_type(low | (high << 16), jnp.int32)
 
 
 def _packed(value: Any) -> Any:
@@ -195,41 +201,24 @@ def _dot(a: Any, b: Any) -> Any:
     return jnp.dot(a, b, precision=exact, preferred_element_type=jnp.float32)
 
 
-def _double_rows(words: Any, rows_ref: Any, first: int) -> None:
-    """Rows of words, into rows ``first`` and on of the scratch that :func:`_expand_inter` reads.
+def _expand_inter(rows: Any, t: int) -> Any:
+    """Rows of :class:`TPURotation` -> a tile ``[128, 128]``: each row at its block's positions.
 
-    Words of two bfloat16 rows become the even rows, then the odd ones, each value in both halves of its word.
+    Both as they are stored.
     """
-    if words.dtype == jnp.float32:
-        rows_ref[first : first + words.shape[0], :] = words
-        return
-    half = words.shape[0]
-    low = words & jnp.int32(0xFFFF)
-    high = lax.shift_right_logical(words, jnp.int32(16))
-    rows_ref[first : first + half, :] = low | (low << 16)
-    rows_ref[first + half : first + 2 * half, :] = high | (high << 16)
-
-
-def _expand_inter(rows_ref: Any, first: int, count: int, t: int) -> Any:
-    """``4 * 2**t`` of ``count`` rows at ``first`` -> a tile ``[128, 128]``: each row at its block's positions.
-
-    As :func:`_packed` has it.
-    """
-    packed = 2 if rows_ref.dtype == jnp.int32 else 1
+    packed = 2 if rows.dtype == jnp.int32 else 1
+    if packed == 2:  # each value in both halves of its word
+        low, high = rows & jnp.int32(0xFFFF), lax.shift_right_logical(rows, jnp.int32(16))
+        rows = jnp.concatenate([low | (low << 16), high | (high << 16)], axis=0)
     repeat = (BLOCK >> t) // packed  # words of a column that a row fills
     shape = (8, LANES)
     word, lane = _iota(0, shape), _iota(1, shape)
     position = lane & ((BLOCK >> t) - 1)
-
-    def row(r: int) -> Any:
-        at = first + (r if packed == 1 else r % 2 * (count // 2) + r // 2)
-        return jnp.broadcast_to(rows_ref[at : at + 1, :], shape)
-
     made = []
     for start in range(0, LANES // packed, 8):
-        value = row(start // repeat)
-        for i in range(1, 8 // repeat):
-            value = jnp.where(word >= i * repeat, row(start // repeat + i), value)
+        first = start // repeat
+        value = rows[first // 8 * 8 : first // 8 * 8 + 8]
+        value = jnp.take_along_axis(value, first % 8 + word // repeat, axis=0, mode="promise_in_bounds")
         at = ((start + word) * packed) & ((BLOCK >> t) - 1)
         if packed == 1:
             made.append(jnp.where(position == at, value, jnp.float32(0)))
@@ -273,19 +262,12 @@ def _exchange(parts: list[Any], t: int) -> list[Any]:
 
 
 def _turned(part: Any, vector: int, t: int) -> Any:
-    """A vector's lanes from h to ``h ^ vector``, or back, by lane rotations."""
-    bits = [5 - t + i for i in range(t) if vector >> i & 1]
-    if not bits:
+    """A vector's lanes from h to ``h ^ vector``, or back."""
+    if not vector:
         return part
-    dtype = part.dtype
-    if dtype == jnp.bfloat16:  # lanes rotate in 32 bits
-        part = pltpu.bitcast(part, jnp.int32)
-    lane = _iota(1, part.shape)
-    for bit in bits:
-        step = 1 << bit
-        up, down = pltpu.roll(part, step, 1), pltpu.roll(part, LANES - step, 1)
-        part = jnp.where(lane & step == 0, down, up)
-    return pltpu.bitcast(part, dtype) if dtype == jnp.bfloat16 else part
+    words = _packed(part)  # lanes move in 32 bits
+    from_lane = _iota(1, words.shape) ^ (vector << (5 - t))
+    return _unpacked(jnp.take_along_axis(words, from_lane, axis=1, mode="promise_in_bounds"))
 
 
 def _turning_tile(vector: int, t: int, dtype: Any) -> Any:
@@ -294,75 +276,48 @@ def _turning_tile(vector: int, t: int, dtype: Any) -> Any:
     return _packed(jnp.where(one, 1.0, 0.0).astype(jnp.float32 if dtype == jnp.float32 else jnp.bfloat16))
 
 
-def _block_scale(z: Any, rule: str) -> tuple[Any, Any]:
-    """Largest magnitude and scale (a power of two) of the 32 lanes up to each; right in the last lane of a block."""
-    amax = jnp.abs(z)
-    for step in range(5):
-        amax = jnp.maximum(amax, pltpu.roll(amax, 1 << step, 1))
+def _scale(amax: Any, rule: str) -> Any:
+    """The scale (float32, a power of two) of a largest magnitude."""
     bits = lax.bitcast_convert_type(amax, jnp.int32)
     field = ((bits + jnp.int32(CARRY[rule])) & jnp.int32(0x7F800000)) - jnp.int32(2 << 23)
-    return amax, lax.bitcast_convert_type(jnp.maximum(field, jnp.int32(1 << 23)), jnp.float32)
+    return lax.bitcast_convert_type(jnp.maximum(field, jnp.int32(1 << 23)), jnp.float32)
 
 
-def _cut(z: Any) -> Any:
-    """Magnitudes cut off to bfloat16, not rounded: their upper half has the exponent and two mantissa bits, which
-    decide the rules 'floor' and 'even', two rows to a lane."""
-    bits = lax.bitcast_convert_type(z, jnp.int32) & jnp.int32(0x7FFF0000)
-    return lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
-
-
-def _cut_scale(amax: Any, rule: str) -> Any:
-    """The scale (bfloat16, a power of two) of a largest magnitude that :func:`_cut` has cut off."""
+def _half_scale(amax: Any, rule: str) -> Any:
+    """The same of bfloat16, both values of a word at once."""
     amax = jnp.maximum(amax, jnp.asarray(2.0**-124, jnp.bfloat16))
-    # Both halves of a word at once. Two off the exponent first: then neither a carry nor a borrow leaves its half.
+    # Two off the exponent first: then neither a carry nor a borrow leaves its half.
     less = (2 << 7) - (CARRY[rule] >> 16)
-    field = (pltpu.bitcast(amax, jnp.int32) - jnp.int32(less * 0x10001)) & jnp.int32(0x7F807F80)
-    return pltpu.bitcast(field, jnp.bfloat16)
+    return _unpacked((_packed(amax) - jnp.int32(less * 0x10001)) & jnp.int32(0x7F807F80))
 
 
-def _half_block_scale(z: Any, rule: str) -> Any:
-    """As :func:`_block_scale`, the scale alone, in bfloat16."""
-    amax = _cut(z)
-    for step in range(5):
-        turned = pltpu.roll(pltpu.bitcast(amax, jnp.int32), 1 << step, 1)
-        amax = jnp.maximum(amax, pltpu.bitcast(turned, jnp.bfloat16))
-    return _cut_scale(amax, rule)
+def _of_largest(parts: list[Any], make: Callable[[Any], Any]) -> list[Any]:
+    """What ``make`` makes of the largest value of each block, in all lanes of the block.
 
-
-def _wide_scales(parts: list[Any], rule: str) -> list[Any]:
-    """Scales of up to 32 vectors' blocks, each in all lanes of its block, worked out for all vectors together.
-
-    For many rows: lane rotations are what the vectors wait for, and every step of this reduction halves the vectors.
+    Turned by 90 degrees a block's lanes are 32 rows of four registers, whose largest value takes no lane rotations:
+    there is none here that waits for another one.
     """
-    words = [_cut(z) for z in parts]
-    lane = _iota(1, (parts[0].shape[0] // 2, LANES))
-    for step in (16, 8, 4, 2, 1):
-        low = lane & step == 0
-        merged = []
-        for i in range(0, len(words), 2):
-            a, b = (pltpu.bitcast(words[min(j, len(words) - 1)], jnp.int32) for j in (i, i + 1))
-            here = jnp.where(low, a, pltpu.roll(b, step, 1))
-            there = jnp.where(low, pltpu.roll(a, LANES - step, 1), b)
-            merged.append(jnp.maximum(pltpu.bitcast(here, jnp.bfloat16), pltpu.bitcast(there, jnp.bfloat16)))
-        words = merged
-    scale = _cut_scale(words[0], rule)
+    words = [_packed(part) for part in parts]
+    rows = words[0].shape[0]
+    fill = -len(words) % (LANES // math.gcd(rows, LANES))
+    upright = jnp.concatenate(words + words[-1:] * fill, axis=0)
+
+    def larger(a: Any, b: Any) -> Any:
+        return jnp.maximum(_unpacked(a), _unpacked(b))
+
     made = []
-    for v in range(len(parts)):
-        place = int(f"{v:05b}"[::-1], 2)  # the first step put the lowest bit of v highest
-        pick = _iota(0) == (_iota(1) & 96) + place
-        made.append(_dot(scale, pick.astype(jnp.bfloat16)))
-    return made
-
-
-def _spread(scales: list[Any]) -> list[Any]:
-    """The last lane of each block, in all lanes of the block; values that bfloat16 holds.
-
-    By a product with zeros and ones, of many vectors at once: the matrix is loaded once for all.
-    """
-    pick = (_iota(0) == (_iota(1) | (BLOCK - 1))).astype(jnp.bfloat16)
-    rows = scales[0].shape[0]
-    wide = _dot(jnp.concatenate([s.astype(jnp.bfloat16) for s in scales], axis=0), pick)
-    return [wide[i * rows : (i + 1) * rows] for i in range(len(scales))]
+    for first in range(0, upright.shape[0], LANES):
+        turned = upright[first : first + LANES].T
+        blocks = []
+        for lane in range(0, LANES, BLOCK):
+            a, b, c, d = (turned[i : i + 8] for i in range(lane, lane + BLOCK, 8))
+            top = jnp.maximum(larger(a, b), larger(c, d))
+            for step in (4, 2, 1):
+                top = larger(_packed(top), pltpu.roll(_packed(top), step, 0))
+            blocks += [_packed(make(top))] * (BLOCK // 8)
+        made.append(jnp.concatenate(blocks, axis=0).T)
+    wide = jnp.concatenate(made, axis=0)
+    return [_unpacked(wide[i * rows : (i + 1) * rows]) for i in range(len(parts))]
 
 
 def _round(z: Any, scale: Any, rule: str) -> Any:
@@ -381,6 +336,18 @@ def _round(z: Any, scale: Any, rule: str) -> Any:
     return rounded
 
 
+def _half_round(z: Any, scale: Any, rule: str) -> Any:
+    """The same of bfloat16: of its eight bits the grid needs no more than the two highest."""
+    power = _unpacked(_packed(z) & jnp.int32(0x7F807F80))
+    big = jnp.maximum(power, scale) * jnp.asarray(1.5 * 2**6, jnp.bfloat16)
+    # As bits in between, so that no compiler takes the sum for one of float32 and leaves its rounding out.
+    rounded = _unpacked(_packed(z + big)) - big
+    if rule == "floor":
+        six = jnp.asarray(6, jnp.bfloat16) * scale
+        rounded = jnp.clip(rounded, -six, six)
+    return rounded
+
+
 class _Stages(NamedTuple):
     """What the activations' side of a kernel does; static."""
 
@@ -394,43 +361,40 @@ class _Stages(NamedTuple):
         return self.inter is not None or self.intra is not None or self.rule is not None
 
 
-def _scales(parts: list[Any], stages: _Stages) -> list[Any]:
-    """Scales of vectors' blocks, each in all lanes of its block."""
+def _rounded(parts: list[Any], stages: _Stages, narrow: bool) -> list[Any]:
+    """Vectors rounded to MXFP4, bfloat16 or float32; ``narrow`` ones to bfloat16 first."""
     rule = stages.rule
     assert rule is not None
-    # The last bit of a magnitude decides 'ceil'.
-    if rule == "ceil" or not stages.halves:
-        return _spread([_block_scale(z, rule)[1] for z in parts])
-    # Few rows wait less for one matrix than for fewer rotations.
-    if parts[0].shape[0] < 64:
-        return _spread([_half_block_scale(z, rule) for z in parts])
-    return _wide_scales(parts, rule)
+    if narrow:  # as bits in between, so that no compiler leaves this rounding out
+        parts = [_unpacked(_packed(z.astype(jnp.bfloat16))) for z in parts]
+        if stages.halves:
+            magnitudes = [_unpacked(_packed(z) & jnp.int32(0x7FFF7FFF)) for z in parts]
+            scales = _of_largest(magnitudes, functools.partial(_half_scale, rule=rule))
+            return [_half_round(z, scale, rule) for z, scale in zip(parts, scales, strict=True)]
+    parts = [z.astype(jnp.float32) for z in parts]
+    scales = _of_largest([jnp.abs(z) for z in parts], functools.partial(_scale, rule=rule))
+    return [_round(z, scale, rule) for z, scale in zip(parts, scales, strict=True)]
 
 
 class _Rotation(NamedTuple):
     """The rotation's tiles ``[128, 128]``: made once into scratch, or as they are asked for where they are used once.
 
-    rows: the stage between blocks as :func:`_double_rows` writes it. turning: tiles of :func:`_turning_tile`. tiles,
-    own: both stages' tiles. None where they are not in scratch.
+    turning: tiles of :func:`_turning_tile` for odd vectors, of many rows. tiles, own: both stages' tiles. None where
+    they are not in scratch.
     """
 
     stages: _Stages
     inter: Any
     intra: Any
-    rows: Any
     turning: Any
     tiles: Any
     own: Any
 
     def prepare(self) -> None:
         """What the tiles are made of, or the tiles, into the scratch."""
-        if self.inter is not None and self.rows is not None:
-            for index in range(self.inter.shape[0] * self.inter.shape[1]):
-                words = self.inter[divmod(index, self.inter.shape[1])]
-                _double_rows(words, self.rows, index * self._count)
         if self.turning is not None:
             for index in range(self.turning.shape[0]):
-                self.turning[index] = _turning_tile(index + 1, self.stages.inter or 0, self.turning.dtype)
+                self.turning[index] = _turning_tile(2 * index + 1, self.stages.inter or 0, self.turning.dtype)
         if self.tiles is not None:
             for index in range(self.tiles.shape[0]):
                 self.tiles[index] = self._inter_tile(index)
@@ -438,14 +402,10 @@ class _Rotation(NamedTuple):
             for index in range(self.own.shape[0]):
                 self.own[index] = self._intra_tile(index)
 
-    @property
-    def _count(self) -> int:
-        return self.inter.shape[2] * (2 if self.inter.dtype == jnp.int32 else 1)
-
     def _inter_tile(self, index: int) -> Any:
-        if self.stages.inter == 5:  # all rows of a tile differ
-            return self.inter[divmod(index, self.inter.shape[1])]
-        return _expand_inter(self.rows, index * self._count, self._count, self.stages.inter or 0)
+        rows = self.inter[divmod(index, self.inter.shape[1])]
+        t = self.stages.inter or 0
+        return rows if t == 5 else _expand_inter(rows, t)  # at 5 all rows of a tile differ
 
     def _intra_tile(self, index: int) -> Any:
         return _expand_intra(self.intra[:, index * LANES : (index + 1) * LANES])
@@ -455,16 +415,20 @@ class _Rotation(NamedTuple):
         return _unpacked(self._inter_tile(vector) if self.tiles is None else self.tiles[vector])
 
     def turned(self, parts: list[Any], vectors: range) -> list[Any]:
-        """Vectors with their lanes as :func:`_exchange` takes them."""
+        """Vectors with their lanes as :func:`_exchange` takes them.
+
+        Of many rows in two ways at once, since both take about as long, and neither's unit has other work then.
+        """
         t = self.stages.inter or 0
-        numbers = [v & ((1 << t) - 1) for v in vectors]
-        if self.turning is None:
-            return [_turned(p, n, t) for p, n in zip(parts, numbers, strict=True)]
-        # A product with zeros and ones is exact.
-        return [
-            _dot(p, _unpacked(self.turning[n - 1])).astype(p.dtype) if n else p
-            for p, n in zip(parts, numbers, strict=True)
-        ]
+        made = []
+        for part, vector in zip(parts, vectors, strict=True):
+            number = vector & ((1 << t) - 1)
+            if number % 2 and self.turning is not None:  # a product with zeros and ones is exact
+                part = _dot(part, _unpacked(self.turning[number // 2])).astype(part.dtype)
+            else:
+                part = _turned(part, number, t)
+            made.append(part)
+        return made
 
     def inside(self, vector: int) -> Any:
         """The tile that mixes positions inside a vector's blocks."""
@@ -472,16 +436,18 @@ class _Rotation(NamedTuple):
         return _unpacked(self._intra_tile(index) if self.own is None else self.own[index])
 
 
-def _take_rotation(stages: _Stages, inter: Any, intra: Any, given: Iterator[Any], once: bool) -> _Rotation:
+def _take_rotation(
+    stages: _Stages, inter: Any, intra: Any, given: Iterator[Any], rows: int, step: int
+) -> _Rotation:
     """The references of :func:`_rotation_scratch`, in its order."""
-    rows = turning = tiles = own = None
+    turning = tiles = own = None
+    once = rows <= step
     if stages.inter is not None:
-        rows = next(given) if stages.inter < 5 else None
-        turning = next(given) if stages.inter and not once else None
+        turning = next(given) if stages.inter and step > _PAIRED_ROWS else None
         tiles = None if once else next(given)
     if stages.intra is not None:
         own = None if once else next(given)
-    return _Rotation(stages, inter, intra, rows, turning, tiles, own)
+    return _Rotation(stages, inter, intra, turning, tiles, own)
 
 
 def _rotated(x_ref: Any, rows: Any, units: range, rotation: _Rotation) -> list[Any]:
@@ -541,7 +507,7 @@ def _prologue(
     vectors = x_ref.shape[1] // LANES
     units = vectors >> (stages.inter or 0)
     # Few rows leave the units idle while they wait for each other: the more vectors at once, the less.
-    together = units if count <= _PAIRED_ROWS else max(1, _TOGETHER >> (stages.inter or 0))
+    together = units if count <= _PAIRED_ROWS else vectors_abreast(stages.inter or 0) >> (stages.inter or 0)
     dtype = jnp.float32 if out_ref.dtype == jnp.float32 else jnp.bfloat16
     fewer = count // out_ref.shape[0]  # rows of a word
 
@@ -556,9 +522,7 @@ def _prologue(
             some = range(first, min(units, first + together))
             parts = _rotated(x_ref, rows, some, rotation)
             if stages.rule is not None:
-                parts = [z.astype(jnp.float32) for z in parts]
-                wide = _scales(parts, stages)
-                parts = [_round(z, s, stages.rule) for z, s in zip(parts, wide, strict=True)]
+                parts = _rounded(parts, stages, x_ref.dtype == jnp.bfloat16)
             for v, z in enumerate(parts, first << (stages.inter or 0)):
                 at = slice(v * LANES, (v + 1) * LANES)
                 if narrow is None:
@@ -605,9 +569,17 @@ def _decode_rows(w_ref: Any, scale_ref: Any, first: int, count: int, kind: str) 
     parts = []
     per = BLOCK if kind == "float4" else 2 * BLOCK
     for row in range(first, first + count, per):
-        scales = [scale_ref[b : b + 1, :] for b in range(row // BLOCK, (row + per) // BLOCK)]
+        scales = [_load_row(scale_ref, b) for b in range(row // BLOCK, (row + per) // BLOCK)]
         parts.append(_decode(w_ref[row // 8 : (row + per) // 8, :], scales, kind))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
+
+
+def _load_row(ref: Any, row: int) -> Any:
+    """A row, in all eight rows of its registers. Up to 512 columns the load itself does that; a wider row it takes as
+    it lies, and spreading that would cost an operation for each register."""
+    width = ref.shape[-1]
+    parts = [ref[row : row + 1, first : min(first + 512, width)] for first in range(0, width, 512)]
+    return jnp.concatenate([jnp.broadcast_to(p, (8, p.shape[1])) for p in parts], axis=1)
 
 
 def _spread_exponents(exponents: Any) -> Any:
@@ -629,8 +601,7 @@ def _few_rows_kernel(
     inter_ref = small[1] if stages.inter is not None else None
     intra_ref = small[-1] if stages.intra is not None else None
     ready_ref = next(given) if stages.any else x_ref
-    once = x_ref.shape[0] <= step
-    rotation = _take_rotation(stages, inter_ref, intra_ref, given, once)
+    rotation = _take_rotation(stages, inter_ref, intra_ref, given, x_ref.shape[0], step)
     size, width = x_ref.shape[1], out_ref.shape[1]
     count, layer = pl.cdiv(width, columns), layer_ref[0]
 
@@ -662,25 +633,41 @@ def _few_rows_kernel(
         rotation.prepare()
         _prologue(x_ref, ready_ref, rotation, x_ref.shape[0], step)
 
-    def body(i: Any, carry: Any, *, more: bool) -> Any:
-        slot = i if held >= count else lax.rem(i, held)
-        for copy in copies(i, slot):
-            copy.wait()
-        scale_ref[...] = _spread_exponents(exponents_ref[slot])
-        total = jnp.zeros((x_ref.shape[0], columns), jnp.float32)
-        for first in range(0, size, _CHUNK):
-            rows = slice(first, min(first + _CHUNK, size))
-            weight = _decode_rows(words_ref.at[slot], scale_ref, rows.start, rows.stop - rows.start, kind)
-            total += _multiply(_unpacked(ready_ref[:, rows]), weight)
-        out_ref[:, place(i)] = (total * f_ref[:, place(i)]).astype(out_dtype)
-        if more:
-            start(i + held, slot)
-        return carry
+    def tiles(first: Any, number: int, more: bool) -> None:
+        """Some tiles in one run of instructions: while one leaves the matrix unit, the next is decoded."""
+        slots = [first + j if held >= count else lax.rem(first + j, held) for j in range(number)]
+        for j, slot in enumerate(slots):
+            for copy in copies(first + j, slot):
+                copy.wait()
+        for j, slot in enumerate(slots):
+            scale_ref[j] = _spread_exponents(exponents_ref[slot])
+        totals = []
+        for j, slot in enumerate(slots):
+            total = jnp.zeros((x_ref.shape[0], columns), jnp.float32)
+            for start_row in range(0, size, _CHUNK):
+                rows = slice(start_row, min(start_row + _CHUNK, size))
+                words, scale = words_ref.at[slot], scale_ref.at[j]
+                weight = _decode_rows(words, scale, rows.start, rows.stop - rows.start, kind)
+                total += _multiply(_unpacked(ready_ref[:, rows]), weight)
+            totals.append(total)
+        for j, total in enumerate(totals):
+            out_ref[:, place(first + j)] = (total * f_ref[:, place(first + j)]).astype(out_dtype)
+        for j, slot in enumerate(slots if more else ()):
+            start(first + j + held, slot)
+
+    def all_tiles(begin: int, end: int, more: bool) -> None:
+        number = scale_ref.shape[0]
+        whole = (end - begin) // number
+        if whole > 1:
+            lax.fori_loop(0, whole, lambda i, _: tiles(begin + i * number, number, more), None)
+        elif whole:
+            tiles(begin, number, more)
+        if (end - begin) % number:
+            tiles(begin + whole * number, (end - begin) % number, more)
 
     last = max(0, count - held)  # the first tile that no other one follows in its place
-    if last:
-        lax.fori_loop(0, last, functools.partial(body, more=True), 0)
-    lax.fori_loop(last, count, functools.partial(body, more=False), 0)
+    all_tiles(0, last, more=True)
+    all_tiles(last, count, more=False)
 
 
 def _many_rows_kernel(*refs: Any, stages: _Stages, kind: str, step: int, out_dtype: Any) -> None:
@@ -691,7 +678,7 @@ def _many_rows_kernel(*refs: Any, stages: _Stages, kind: str, step: int, out_dty
     intra_ref = next(given) if stages.intra is not None else None
     out_ref, scale_ref, weight_ref = (next(given) for _ in range(3))
     ready_ref = next(given) if stages.any else x_ref
-    rotation = _take_rotation(stages, inter_ref, intra_ref, given, False)
+    rotation = _take_rotation(stages, inter_ref, intra_ref, given, x_ref.shape[0], step)
     size = x_ref.shape[1]
 
     if stages.any:
@@ -718,7 +705,7 @@ def _rounded_rows_kernel(*refs: Any, stages: _Stages, step: int, narrow: bool) -
     intra_ref = next(given) if stages.intra is not None else None
     out_ref = next(given)
     lost_ref = next(given) if narrow else None
-    rotation = _take_rotation(stages, inter_ref, intra_ref, given, False)
+    rotation = _take_rotation(stages, inter_ref, intra_ref, given, x_ref.shape[0], step)
     pl.when(pl.program_id(1) == 0)(rotation.prepare)
     _prologue(x_ref, out_ref, rotation, x_ref.shape[0], step, (power_ref, lost_ref) if narrow else None)
 
@@ -815,12 +802,13 @@ def rotate_quantize_matmul(
     if stages.any:
         wide = x.dtype == jnp.float32 and rule is None
         prepared = [pltpu.VMEM((row_tile, full), jnp.float32) if wide else _words(row_tile, full)]
-        prepared += _rotation_scratch(one, stages, full, few and row_tile <= step)
+        prepared += _rotation_scratch(one, stages, full, row_tile, step)
     common: dict[str, Any] = {"stages": stages, "kind": kind, "step": step, "out_dtype": x.dtype}
     spread = pltpu.VMEM((full // BLOCK, column_tile), jnp.int32)
     shape = jax.ShapeDtypeStruct((x.shape[0], columns), x.dtype)
     if few:
-        held = min(tiles.held, pl.cdiv(columns, column_tile))
+        count = pl.cdiv(columns, column_tile)
+        held = min(tiles.held, count)
         kernel: Any = functools.partial(_few_rows_kernel, columns=column_tile, held=held, **common)
         small = operands[2:]
         in_vmem = pl.BlockSpec(memory_space=pltpu.VMEM)
@@ -841,7 +829,7 @@ def rotate_quantize_matmul(
                 pltpu.VMEM((held, full // 8, column_tile), jnp.int32),
                 pltpu.VMEM((held, full // BLOCK, column_tile), jnp.uint8),
                 pltpu.SemaphoreType.DMA((2, held)),
-                spread,
+                pltpu.VMEM((tiles_together(held, count, full, column_tile), *spread.shape), jnp.int32),
                 *prepared,
             ],
             compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem_limit),
@@ -937,6 +925,12 @@ def rotate_quantize_matmul(
     return y[:rows]
 
 
+def tiles_together(held: int, count: int, full: int, columns: int) -> int:
+    """Tiles of the weight in one run of instructions: so many that starting and ending it counts little."""
+    most = held if held == count else held // 2  # the others' places are filled meanwhile
+    return max(1, min(most, _RUN // (full * columns)))
+
+
 def tiled_features(tiles: Tiles, full: int) -> int:
     """Features of a tile of the weight: what was asked for, or the largest part of K below it that is whole."""
     parts = full // LANES
@@ -947,6 +941,11 @@ def units_together(vectors: int, t: int) -> int:
     """Vectors that are rotated together in a call of their own: whole units, at most 32 if a unit is no larger."""
     units = vectors >> t
     return max(n for n in range(1, max(1, _TOGETHER >> t) + 1) if units % n == 0) << t
+
+
+def vectors_abreast(t: int) -> int:
+    """Vectors of many rows that are rotated and rounded together: whole units."""
+    return max(_ABREAST, 1 << t)
 
 
 def _row_powers(x: Any) -> tuple[Any, Any]:
@@ -1008,7 +1007,7 @@ def _rounded_rows(
             own = (intra.shape[1], vectors * LANES)
             specs.append(pl.BlockSpec((None, *own), lambda u, m, layer: (layer[0], 0, u)))
         one[1] = jax.ShapeDtypeStruct(own, intra.dtype)
-    scratch = _rotation_scratch(TPURotation(*one), stages, vectors * LANES, False)
+    scratch = _rotation_scratch(TPURotation(*one), stages, vectors * LANES, rows, step)
     wide = x.dtype == jnp.float32 and stages.rule is None
     fewer, dtype = (1, jnp.float32) if wide else (2, jnp.int32)
     powers = []
@@ -1089,16 +1088,14 @@ def _words(*shape: int) -> Any:
     return pltpu.VMEM((*shape[:-2], shape[-2] // 2, shape[-1]), jnp.int32)
 
 
-def _rotation_scratch(rotation: TPURotation, stages: _Stages, full: int, once: bool) -> list[Any]:
-    """For :class:`_Rotation`; ``once`` leaves the tiles out."""
+def _rotation_scratch(rotation: TPURotation, stages: _Stages, full: int, rows: int, step: int) -> list[Any]:
+    """For :class:`_Rotation`, of so many rows and so many at once."""
     made: list[Any] = []
+    once = rows <= step
     if rotation.inter is not None:
-        units, each, rows, _ = rotation.inter.shape
-        rows *= 1 if rotation.inter.dtype == jnp.float32 else 2
-        if stages.inter != 5:
-            made.append(pltpu.VMEM((units * each * rows, LANES), rotation.inter.dtype))
-        if stages.inter and not once:
-            made.append(_tiles_scratch((1 << stages.inter) - 1, rotation.inter))
+        units, each = rotation.inter.shape[:2]
+        if stages.inter and step > _PAIRED_ROWS:
+            made.append(_tiles_scratch(1 << (stages.inter - 1), rotation.inter))
         if not once:
             made.append(_tiles_scratch(units * each, rotation.inter))
     if rotation.intra is not None and not once:
@@ -1118,7 +1115,7 @@ def _codes_kernel(*refs: Any, stages: _Stages) -> None:
     inter_ref = next(given) if stages.inter is not None else None
     intra_ref = next(given) if stages.intra is not None else None
     codes_ref, scales_ref = next(given), next(given)
-    rotation = _take_rotation(stages, inter_ref, intra_ref, given, True)
+    rotation = _take_rotation(stages, inter_ref, intra_ref, given, x_ref.shape[0], x_ref.shape[0])
     vectors = x_ref.shape[1] // LANES
     rotation.prepare()
     t = stages.inter or 0
@@ -1126,11 +1123,13 @@ def _codes_kernel(*refs: Any, stages: _Stages) -> None:
     assert rule is not None
     row, lane = _iota(0), _iota(1)
     parts = _rotated(x_ref, slice(None), range(vectors >> t), rotation)
+    if x_ref.dtype == jnp.bfloat16:  # as bits in between, so that no compiler leaves this rounding out
+        parts = [_unpacked(_packed(z.astype(jnp.bfloat16))) for z in parts]
     parts = [z.astype(jnp.float32) for z in parts]
-    found = [_block_scale(z, rule) for z in parts]
-    spread = _spread([scale for _, scale in found])
+    largest = _of_largest([jnp.abs(z) for z in parts], lambda amax: amax)
     packed, fields = [], []
-    for v, (z, (amax, scale), wide) in enumerate(zip(parts, found, spread, strict=True)):
+    for v, (z, amax) in enumerate(zip(parts, largest, strict=True)):
+        wide = _scale(amax, rule)
         bits = lax.bitcast_convert_type(_round(z, wide, rule), jnp.int32)
         # Counted from 1.0 (code 2), exponent field and first mantissa bit are the code; 0.5 and 0 are below.
         unit_bits = lax.bitcast_convert_type(wide, jnp.int32) >> 22
@@ -1141,7 +1140,7 @@ def _codes_kernel(*refs: Any, stages: _Stages) -> None:
         pair = (lane - (v % 2) * (LANES // 2)) == row // 2
         weigh = jnp.where(pair, jnp.where(row % 2 == 0, 1.0, 16.0), 0.0).astype(jnp.bfloat16)
         packed.append(_dot(code.astype(jnp.float32).astype(jnp.bfloat16), weigh))
-        field = lax.bitcast_convert_type(jnp.where(amax > 0, scale, 0.0), jnp.int32) >> 23
+        field = lax.bitcast_convert_type(jnp.where(amax > 0, wide, 0.0), jnp.int32) >> 23
         gather = (row % BLOCK == BLOCK - 1) & (lane == (v % BLOCK) * 4 + row // BLOCK)
         fields.append(_dot(field.astype(jnp.float32).astype(jnp.bfloat16), gather.astype(jnp.bfloat16)))
     for v in range(0, vectors, 2):
@@ -1188,7 +1187,7 @@ def rotate_quantize(
             pl.BlockSpec((row_tile, code_lanes), lambda m: (m, 0)),
             pl.BlockSpec((row_tile, scale_lanes), lambda m: (m, 0)),
         ),
-        scratch_shapes=_rotation_scratch(rotation, stages, full, True),
+        scratch_shapes=_rotation_scratch(rotation, stages, full, row_tile, row_tile),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=vmem_limit),
         interpret=interpret,
         name=name,

@@ -228,3 +228,35 @@ def test_errors_name_what_is_wrong():
         call(jnp.zeros((4, 256), BF16), other)
     with pytest.raises(ValueError, match="this rotation mixes 3 of 6"):
         tpu.prepare_rotation(jnp.zeros((2, 3, 3)), None, 192)
+
+
+@pytest.mark.parametrize("rule", reference.RULES)
+@pytest.mark.parametrize("m", [20, pytest.param(200, marks=pytest.mark.extended)])
+def test_halves_round_as_whole_numbers_do(rule, m):
+    keys = jax.random.split(jax.random.key(1), 3)
+    x = (jax.random.normal(keys[0], (m, 512)) * jnp.exp2(jnp.arange(m) % 90.0 - 60)[:, None]).astype(BF16)
+    intra = jax.random.normal(keys[1], (16, 32, 32)) / 6
+    w = mxfp4.quantize(jax.random.normal(keys[2], (128, 512)), "even")
+    y = [
+        tpu.rotate_quantize_matmul(
+            x,
+            layout.to_tpu(w.codes, w.scales),
+            tpu.prepare_rotation(None, intra, 512),
+            rule=rule,
+            tiles=tpu.Tiles(256 if m > 128 else 32, 128, 32, halves=halves),
+            interpret=True,
+        )
+        for halves in (True, False)
+    ]
+    # The same codes, so the same products, summed in the same order.
+    np.testing.assert_array_equal(*y)
+
+
+@pytest.mark.parametrize("held", [2, 4, 9])
+def test_tiles_of_the_weight_go_round_in_places_and_runs(held):
+    x, _, _, w = exact_case(5, 256, 1100, None, None, BF16)
+    packed = layout.to_tpu(w.codes, w.scales)
+    call = functools.partial(tpu.rotate_quantize_matmul, x, packed, rule="even", interpret=True)
+    assert tpu.tiles_together(held, 9, 256, 128) == {2: 1, 4: 2, 9: 9}[held]
+    got = call(tiles=tpu.Tiles(32, 128, held=held))
+    np.testing.assert_array_equal(got, call(tiles=tpu.Tiles(32, 1152)))
