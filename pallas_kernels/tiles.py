@@ -21,7 +21,9 @@ from pallas_kernels.tpu import (
     Tiles,
     TPURotation,
     tiled_features,
+    tiles_together,
     units_together,
+    vectors_abreast,
 )
 
 MIB = 2**20
@@ -115,14 +117,17 @@ def vmem_bytes(tiles: Tiles, rows: int, k: int, n: int, *, rotation: Any = None,
     few = rows <= min(tiles.rows, RESIDENT_ROWS)
     row_tile, columns = min(tiles.rows, -(-rows // 16) * 16), min(tiles.columns, n)
     weight = k // 8 * columns * 4 + k // BLOCK * columns
-    scratch = k // BLOCK * columns * 4 + row_tile * k * 2
-    values = row_tile * columns * 4 + 3 * min(tiles.rotated, row_tile) * min(k, BLOCK * LANES) * 4
+    spread = k // BLOCK * columns * 4
+    scratch = spread + row_tile * k * 2
+    values = row_tile * columns * 4 + _rotated_bytes(tiles, row_tile, k, rotation)
     matrices = 0
     for matrix in rotation or ():
         if matrix is not None:
             matrices += math.prod(matrix.shape) * width
-            scratch += k * LANES * width + math.prod(matrix.shape) * 4
+            scratch += k * LANES * width + 16 * LANES * LANES * width
     if few:
+        count = -(-n // columns)
+        scratch += (tiles_together(count, count, k, columns) - 1) * spread  # the most, whatever is held
         return tiles.held * weight + row_tile * (k + n) * width + n * 4 + matrices + scratch + values
     if tiles.features:
         depth = tiled_features(tiles, k)
@@ -133,20 +138,34 @@ def vmem_bytes(tiles: Tiles, rows: int, k: int, n: int, *, rotation: Any = None,
     return 2 * blocks + scratch + k * columns + values
 
 
+def _rotated_bytes(tiles: Tiles, rows: int, k: int, rotation: Any) -> int:
+    """What the compiler keeps of values that are rotated and rounded; of the few sizes tried it kept half of that."""
+    rows = min(tiles.rotated, rows)
+    if rows <= 32:
+        return 12 * rows * min(k, BLOCK * LANES)
+    return 6 * rows * min(k, vectors_abreast(_exchanged(rotation, k)) * LANES)
+
+
+def _exchanged(rotation: Any, k: int) -> int:
+    """Bits that the stage between blocks exchanges, 0 without one."""
+    inter = rotation[0] if rotation is not None else None
+    return 0 if inter is None else (k // LANES // inter.shape[0]).bit_length() - 1
+
+
 def _rounded_rows_bytes(tiles: Tiles, rows: int, k: int, rotation: Any, width: int) -> int:
     """The same of the call that rotates and rounds rows of so many features as it takes at once."""
     inter, intra = rotation or (None, None)
-    t = 0 if inter is None else (k // LANES // inter.shape[0]).bit_length() - 1
+    t = _exchanged(rotation, k)
     features = units_together(k // LANES, t) * LANES
     rows = min(rows, ROUNDED_ROWS)
     matrices = scratch = 0
     if inter is not None:
         matrices += math.prod(inter.shape) * features // k * width
-        scratch += features * LANES * width + math.prod(inter.shape) * features // k * 4
+        scratch += features * LANES * width + 16 * LANES * LANES * width
     if intra is not None:
         matrices += math.prod(intra.shape) * width
         scratch += features * LANES * width
-    values = 3 * min(tiles.rotated, rows) * features * 4
+    values = _rotated_bytes(tiles, rows, k, rotation)
     return 2 * (rows * features * (width + 4) + matrices) + scratch + values
 
 
@@ -190,14 +209,23 @@ def choose(
 def candidates(device: str, rows: int, k: int, n: int) -> list[Tiles]:
     """Tiles worth trying, most promising first."""
     if rows <= RESIDENT_ROWS:
-        widths = (512, 1024, 256, 128)
+        # tpu7x decodes fastest, so that what is paid for each tile counts more.
+        wide = device == "tpu7x" and padded(k) <= 8192
+        widths = (1024, 512, 256, 128) if wide else (512, 1024, 256, 128)
         return [make(device, RESIDENT_ROWS, w, 32) for w in widths if w <= padded(n) or w == 128]
     # Many rows rotated at once count most, then wide tiles; tall ones save decoding the weight again.
-    together = [make(device, r, w, t) for t in (256, 128) for w in (512, 256) for r in (1024, 512, 256)]
+    together = [
+        make(device, r, w, t)
+        for w in (512, 256)
+        for t in (1024, 512, 256, 128)
+        for r in (1024, 512, 256)
+        if t <= r
+    ]
     apart = [
         make(device, *each)
         for each in (
-            *(((1024, 512, 256, 4096),) if padded(k) <= 4096 else ()),
+            *(((1024, 512, 512, 4096), (1024, 512, 256, 4096)) if padded(k) <= 4096 else ()),
+            (512, 1024, 512, 7168),
             (512, 1024, 256, 7168),
             (512, 512, 256, 7168),
             (512, 512, 256, 4096),
@@ -311,35 +339,38 @@ TABLE: tuple[Entry, ...] = (
     Entry(generation="tpu7x", k=2048, n=16384, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="tpu7x", k=2560, n=6144, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="tpu7x", k=2560, n=19456, rows=16, tiles=(128, 1024, 32)),
-    Entry(generation="tpu7x", k=3072, n=1024, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="tpu7x", k=3072, n=1024, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="tpu7x", k=3072, n=3072, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="tpu7x", k=3072, n=5120, rows=16, tiles=(128, 1024, 32)),
-    Entry(generation="tpu7x", k=3072, n=16384, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="tpu7x", k=4096, n=2560, rows=16, tiles=(128, 512, 32)),
-    Entry(generation="tpu7x", k=4096, n=4096, rows=16, tiles=(128, 512, 32)),
-    Entry(generation="tpu7x", k=4096, n=6144, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="tpu7x", k=4096, n=4096, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="tpu7x", k=4096, n=6144, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="tpu7x", k=4096, n=24576, rows=16, tiles=(128, 1024, 32)),
-    Entry(generation="tpu7x", k=4096, n=28672, rows=16, tiles=(128, 1024, 32)),
-    Entry(generation="tpu7x", k=5120, n=5120, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="tpu7x", k=4096, n=28672, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="tpu7x", k=5120, n=5120, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="tpu7x", k=5120, n=7168, rows=16, tiles=(128, 512, 32)),
     Entry(generation="tpu7x", k=5120, n=10240, rows=16, tiles=(128, 512, 32)),
     Entry(generation="tpu7x", k=5120, n=34816, rows=16, tiles=(128, 1024, 32)),
-    Entry(generation="tpu7x", k=5120, n=51200, rows=16, tiles=(128, 1024, 32)),
-    Entry(generation="tpu7x", k=6144, n=2048, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="tpu7x", k=5120, n=51200, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="tpu7x", k=6144, n=2048, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="tpu7x", k=8192, n=2048, rows=16, tiles=(128, 512, 32)),
     Entry(generation="tpu7x", k=8192, n=3072, rows=16, tiles=(128, 512, 32)),
-    Entry(generation="tpu7x", k=8192, n=5120, rows=16, tiles=(128, 512, 32)),
-    Entry(generation="tpu7x", k=8192, n=8192, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="tpu7x", k=8192, n=5120, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="tpu7x", k=8192, n=8192, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="tpu7x", k=8192, n=10240, rows=16, tiles=(128, 512, 32)),
     Entry(generation="tpu7x", k=8192, n=57344, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="tpu7x", k=9728, n=2560, rows=16, tiles=(128, 512, 32)),
-    Entry(generation="tpu7x", k=14336, n=4096, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="tpu7x", k=12288, n=4096, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="tpu7x", k=14336, n=4096, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="tpu7x", k=17408, n=5120, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="tpu7x", k=25600, n=5120, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="tpu7x", k=28672, n=8192, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v5e", k=1024, n=4096, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="v5e", k=1024, n=6144, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="v5e", k=2048, n=1024, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v5e", k=2048, n=2048, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v5e", k=2048, n=3072, rows=16, tiles=(128, 512, 32)),
-    Entry(generation="v5e", k=2048, n=4096, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="v5e", k=2048, n=4096, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v5e", k=2048, n=12288, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="v5e", k=2048, n=16384, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="v5e", k=2560, n=6144, rows=16, tiles=(128, 512, 32)),
@@ -351,8 +382,8 @@ TABLE: tuple[Entry, ...] = (
     Entry(generation="v5e", k=4096, n=2560, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v5e", k=4096, n=4096, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v5e", k=4096, n=6144, rows=16, tiles=(128, 512, 32)),
-    Entry(generation="v5e", k=4096, n=24576, rows=16, tiles=(128, 512, 32)),
-    Entry(generation="v5e", k=4096, n=28672, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="v5e", k=4096, n=24576, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="v5e", k=4096, n=28672, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="v5e", k=5120, n=5120, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v5e", k=5120, n=7168, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v5e", k=5120, n=10240, rows=16, tiles=(128, 512, 32)),
@@ -364,33 +395,37 @@ TABLE: tuple[Entry, ...] = (
     Entry(generation="v5e", k=8192, n=5120, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v5e", k=8192, n=8192, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v5e", k=8192, n=10240, rows=16, tiles=(128, 512, 32)),
-    Entry(generation="v5e", k=8192, n=57344, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="v5e", k=8192, n=57344, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v5e", k=9728, n=2560, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="v5e", k=12288, n=4096, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v5e", k=14336, n=4096, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="v5e", k=17408, n=5120, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="v5e", k=25600, n=5120, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="v5e", k=28672, n=8192, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v6e", k=1024, n=4096, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="v6e", k=1024, n=6144, rows=16, tiles=(128, 1024, 32)),
-    Entry(generation="v6e", k=2048, n=1024, rows=16, tiles=(128, 1024, 32)),
-    Entry(generation="v6e", k=2048, n=2048, rows=16, tiles=(128, 1024, 32)),
-    Entry(generation="v6e", k=2048, n=3072, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="v6e", k=2048, n=1024, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="v6e", k=2048, n=2048, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="v6e", k=2048, n=3072, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v6e", k=2048, n=4096, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="v6e", k=2048, n=12288, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="v6e", k=2048, n=16384, rows=16, tiles=(128, 1024, 32)),
-    Entry(generation="v6e", k=2560, n=6144, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="v6e", k=2560, n=6144, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v6e", k=2560, n=19456, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="v6e", k=3072, n=1024, rows=16, tiles=(128, 512, 32)),
-    Entry(generation="v6e", k=3072, n=3072, rows=16, tiles=(128, 1024, 32)),
-    Entry(generation="v6e", k=3072, n=5120, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="v6e", k=3072, n=3072, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="v6e", k=3072, n=5120, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v6e", k=3072, n=16384, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="v6e", k=4096, n=2560, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v6e", k=4096, n=4096, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v6e", k=4096, n=6144, rows=16, tiles=(128, 512, 32)),
-    Entry(generation="v6e", k=4096, n=24576, rows=16, tiles=(128, 512, 32)),
-    Entry(generation="v6e", k=4096, n=28672, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="v6e", k=4096, n=24576, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="v6e", k=4096, n=28672, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="v6e", k=5120, n=5120, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v6e", k=5120, n=7168, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v6e", k=5120, n=10240, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v6e", k=5120, n=34816, rows=16, tiles=(128, 512, 32)),
-    Entry(generation="v6e", k=5120, n=51200, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="v6e", k=5120, n=51200, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="v6e", k=6144, n=2048, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v6e", k=8192, n=2048, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v6e", k=8192, n=3072, rows=16, tiles=(128, 512, 32)),
@@ -402,4 +437,6 @@ TABLE: tuple[Entry, ...] = (
     Entry(generation="v6e", k=12288, n=4096, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v6e", k=14336, n=4096, rows=16, tiles=(128, 512, 32)),
     Entry(generation="v6e", k=17408, n=5120, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="v6e", k=25600, n=5120, rows=16, tiles=(128, 512, 32)),
+    Entry(generation="v6e", k=28672, n=8192, rows=16, tiles=(128, 512, 32)),
 )
