@@ -342,6 +342,7 @@ TABLE: tuple[Entry, ...] = (
     Entry(generation="tpu7x", k=3072, n=1024, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="tpu7x", k=3072, n=3072, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="tpu7x", k=3072, n=5120, rows=16, tiles=(128, 1024, 32)),
+    Entry(generation="tpu7x", k=3072, n=16384, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="tpu7x", k=4096, n=2560, rows=16, tiles=(128, 512, 32)),
     Entry(generation="tpu7x", k=4096, n=4096, rows=16, tiles=(128, 1024, 32)),
     Entry(generation="tpu7x", k=4096, n=6144, rows=16, tiles=(128, 1024, 32)),
