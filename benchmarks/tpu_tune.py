@@ -91,7 +91,7 @@ def main() -> int:
         "--most-features",
         type=int,
         default=2**31,
-        help="leave out shapes with more, which compile for minutes",
+        help="leave out shapes with more, which compile longest",
     )
     parser.add_argument("--write", action="store_true", help="put the table into pallas_kernels/tiles.py")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "tpu_tune.json")

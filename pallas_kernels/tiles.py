@@ -20,6 +20,7 @@ from pallas_kernels.tpu import (
     ROUNDED_ROWS,
     Tiles,
     TPURotation,
+    bits_of_prepared,
     tiled_features,
     tiles_together,
     units_together,
@@ -149,7 +150,7 @@ def _rotated_bytes(tiles: Tiles, rows: int, k: int, rotation: Any) -> int:
 def _exchanged(rotation: Any, k: int) -> int:
     """Bits that the stage between blocks exchanges, 0 without one."""
     inter = rotation[0] if rotation is not None else None
-    return 0 if inter is None else (k // LANES // inter.shape[0]).bit_length() - 1
+    return 0 if inter is None else bits_of_prepared(inter, k)
 
 
 def _rounded_rows_bytes(tiles: Tiles, rows: int, k: int, rotation: Any, width: int) -> int:

@@ -99,6 +99,11 @@ def exchanged_bits(inter: Any, features: int) -> int | None:
     return max(0, (size // 4).bit_length() - 1)
 
 
+def bits_of_prepared(inter: Any, full: int) -> int:
+    """The same of a stage as :class:`TPURotation` has it, for so many features, filled up."""
+    return (full // LANES // inter.shape[0]).bit_length() - 1
+
+
 @functools.partial(jax.jit, static_argnames=("features", "dtype"))
 def prepare_rotation(inter: Any, intra: Any, features: int, dtype: Any = jnp.bfloat16) -> TPURotation:
     """The rotation in the kernels' layout; once for each site, when it is loaded.
@@ -155,6 +160,11 @@ def _packed(value: Any) -> Any:
 def _unpacked(words: Any) -> Any:
     """Inverse of :func:`_packed`."""
     return pltpu.bitcast(words, jnp.bfloat16) if words.dtype == jnp.int32 else words
+
+
+def _as_bfloat16(z: Any) -> Any:
+    """Rounded to bfloat16; as bits in between, so that no compiler leaves it out."""
+    return _unpacked(_packed(z.astype(jnp.bfloat16)))
 
 
 def _inter_rows(inter: Any, blocks: int, vectors: int, t: int) -> Any:
@@ -365,8 +375,8 @@ def _rounded(parts: list[Any], stages: _Stages, narrow: bool) -> list[Any]:
     """Vectors rounded to MXFP4, bfloat16 or float32; ``narrow`` ones to bfloat16 first."""
     rule = stages.rule
     assert rule is not None
-    if narrow:  # as bits in between, so that no compiler leaves this rounding out
-        parts = [_unpacked(_packed(z.astype(jnp.bfloat16))) for z in parts]
+    if narrow:
+        parts = [_as_bfloat16(z) for z in parts]
         if stages.halves:
             magnitudes = [_unpacked(_packed(z) & jnp.int32(0x7FFF7FFF)) for z in parts]
             scales = _of_largest(magnitudes, functools.partial(_half_scale, rule=rule))
@@ -1074,7 +1084,7 @@ def _check(x: Any, full: int, rotation: TPURotation, rule: str | None, halves: b
         units = rotation.inter.shape[0]
         if full % (LANES * units):
             raise ValueError(f"activations have {size} features, the rotation {units} groups of them")
-        t = (full // LANES // units).bit_length() - 1
+        t = bits_of_prepared(rotation.inter, full)
     own: Literal["one", "each"] | None = None
     if rotation.intra is not None:
         own = "one" if rotation.intra.shape[1] == LANES and full > LANES else "each"
@@ -1123,8 +1133,8 @@ def _codes_kernel(*refs: Any, stages: _Stages) -> None:
     assert rule is not None
     row, lane = _iota(0), _iota(1)
     parts = _rotated(x_ref, slice(None), range(vectors >> t), rotation)
-    if x_ref.dtype == jnp.bfloat16:  # as bits in between, so that no compiler leaves this rounding out
-        parts = [_unpacked(_packed(z.astype(jnp.bfloat16))) for z in parts]
+    if x_ref.dtype == jnp.bfloat16:
+        parts = [_as_bfloat16(z) for z in parts]
     parts = [z.astype(jnp.float32) for z in parts]
     largest = _of_largest([jnp.abs(z) for z in parts], lambda amax: amax)
     packed, fields = [], []
